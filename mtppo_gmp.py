@@ -1,0 +1,905 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "minigrid==3.2.0",
+#     "numpy==2.4.6",
+#     "tyro>=1.0",
+#     "tensorboard>=2.20",
+#     "tqdm>=4.67",
+# ]
+# ///
+"""Multi-task PPO with gradual magnitude pruning (GMP) on MiniGrid.
+
+One shared convolutional trunk and one head per task, for the actor and for the critic, pruned
+to 95 % during training (arXiv 2508.06871, section 4, MTPPO; networks and training loop of
+MOORE, arXiv 2311.11385). Tensors are (task, batch, ...) throughout.
+
+    python mtppo_gmp.py --benchmark MT5 --seed 1
+"""
+
+import difflib
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import minigrid  # noqa: F401 (registers the tasks)
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from minigrid.wrappers import ImgObsWrapper
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from plasticity_metrics import (
+    ObservationBuffer,
+    dormant_ratio,
+    dormant_scores,
+    effective_rank,
+    fisher_trace,
+)
+
+
+@dataclass
+class Args:
+    """Multi-task PPO with gradual magnitude pruning on MiniGrid."""
+
+    # Tasks
+    benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"
+    """set of tasks to train on"""
+    env_ids: tuple[str, ...] = ()
+    """MiniGrid ids to train on instead of a benchmark (one id: single-task PPO)"""
+    seed: int = 1
+    """seed of the networks, the environments and every draw"""
+    total_timesteps: int = 400_000
+    """environment steps per task"""
+
+    # PPO
+    num_steps: int = 2000
+    """timesteps of a rollout, per task and iteration"""
+    actor_lr: float = 1e-3
+    """learning rate of the actor's Adam"""
+    critic_lr: float = 1e-3
+    """learning rate of the critic's Adam"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """clipping range of the probability ratio"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy bonus"""
+    update_epochs: int = 8
+    """epochs of the actor over each rollout"""
+    minibatch_size: int = 256
+    """samples per task in a minibatch of the actor"""
+    critic_epochs: int = 1
+    """epochs of the critic over each rollout"""
+    critic_minibatch_size: int = 2000
+    """samples per task in a minibatch of the critic"""
+
+    # Gradual magnitude pruning
+    sparsity: float = 0.95
+    """final share of pruned weights (0: the dense baseline)"""
+    prune_start: float = 0.05
+    """share of training after which pruning begins"""
+    prune_end: float = 0.80
+    """share of training after which the final sparsity holds"""
+    prune_frequency: int = 500
+    """timesteps between two renewals of the masks"""
+    prune_scope: Literal["layer", "global"] = "layer"
+    """rank magnitudes within each layer (each head's layers apart) or over a whole network"""
+
+    # Comparison arms
+    weight_decay: float = 0.0
+    """L2 coefficient of Adam"""
+    layer_norm: bool = False
+    """normalise each hidden layer before its nonlinearity (no learned gain or bias)"""
+    redo_frequency: int = 0
+    """timesteps between two ReDo recyclings of dormant neurons (0: off)"""
+    redo_tau: float = 0.001
+    """score up to which ReDo recycles a neuron"""
+    reset_frequency: int = 0
+    """timesteps between two resets of the output layers (0: off)"""
+    max_resets: int = 2
+    """resets in a run at the most"""
+    pcgrad: bool = False
+    """project conflicting task gradients of the trunk (PCGrad)"""
+
+    # Evaluation and plasticity metrics
+    eval_frequency: int = 10_000
+    """timesteps between two evaluations"""
+    eval_episodes: int = 25
+    """episodes per task in an evaluation"""
+    plasticity_frequency: int = 10_000
+    """timesteps between two measurements of plasticity"""
+    plasticity_batch_size: int = 1024
+    """observations they are computed on (the same number per task, rounded up)"""
+    plasticity_buffer_size: int = 100_000
+    """latest training observations to draw them from, over all tasks"""
+    dormant_tau: float = 0.001
+    """score up to which a neuron counts as dormant"""
+    srank_delta: float = 0.01
+    """share of the singular values that the effective rank leaves out"""
+
+    # Run
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks and rollouts live (auto: cuda if there is one)"""
+    run_dir: str | None = None
+    """folder of logs and checkpoint (default: runs/<benchmark>__<script>__<seed>__<time>)"""
+    checkpoint_frequency: int = 10_000
+    """timesteps between two checkpoints"""
+    resume: str | None = None
+    """run folder to go on with, with the run's own flags"""
+    num_threads: int = 0
+    """torch threads (0: torch's choice)"""
+
+
+def fail(message: str):
+    """End with one line on standard error and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuse values that no run can have, before anything is made."""
+
+    def require(names, allowed, what):
+        for name in names.split():
+            if not allowed(getattr(args, name)):
+                flag = "--" + name.replace("_", "-")
+                fail(f"{flag} {getattr(args, name)}: must be {what}")
+
+    counts = "num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size "
+    counts += "prune_frequency eval_frequency eval_episodes plasticity_frequency "
+    counts += "plasticity_batch_size checkpoint_frequency"
+    require(counts, lambda x: x >= 1, "at least 1")
+    require("seed redo_frequency reset_frequency max_resets num_threads", lambda x: x >= 0, ">= 0")
+    require("actor_lr critic_lr clip_coef", lambda x: 0 < x < math.inf, "positive and finite")
+    finite = "non-negative and finite"
+    require("ent_coef weight_decay dormant_tau redo_tau", lambda x: 0 <= x < math.inf, finite)
+    require("gamma gae_lambda", lambda x: 0 <= x <= 1, "in [0, 1]")
+    require("sparsity srank_delta", lambda x: 0 <= x < 1, "in [0, 1)")
+    iteration = f"at least one iteration (--num-steps {args.num_steps})"
+    require("total_timesteps", lambda x: x >= args.num_steps, iteration)
+    known = [env_id for env_id in gym.registry if env_id.startswith("MiniGrid-")]
+    for env_id in args.env_ids:
+        if env_id not in known:
+            near = difflib.get_close_matches(env_id, known) or known[:3]
+            fail(f"--env-ids {env_id}: must be a registered MiniGrid task, like {', '.join(near)}")
+    if len(set(args.env_ids)) < len(args.env_ids):
+        fail(f"--env-ids {' '.join(args.env_ids)}: must name each task once")
+    num_tasks = len(task_ids(args))
+    room = f"at least one observation per task ({num_tasks})"
+    require("plasticity_buffer_size", lambda x: x >= num_tasks, room)
+    if not 0 <= args.prune_start < args.prune_end <= 1:
+        window = f"--prune-start {args.prune_start} --prune-end {args.prune_end}"
+        fail(f"{window}: must be 0 <= start < end <= 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no CUDA device here, must be cpu or auto")
+
+
+# Tasks and environments
+
+BENCHMARKS = {"MT3": ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")}
+BENCHMARKS["MT5"] = BENCHMARKS["MT3"] + ("DoorKey-6x6", "DistShift1")
+BENCHMARKS["MT7"] = BENCHMARKS["MT5"] + ("SimpleCrossingS9N2", "MultiRoom-N2-S4")
+
+# Return of the shortest path, 1 - 0.9 * optimal steps / max steps
+BEST_RETURN = {
+    "DoorKey-6x6": 1 - 0.9 * 11 / 360,
+    "DistShift1": 1 - 0.9 * 11 / 252,
+    "RedBlueDoors-6x6": 1 - 0.9 * 8 / 720,
+    "LavaGapS7": 1 - 0.9 * 8 / 196,
+    "MemoryS11": 1 - 0.9 * 15 / 605,
+    "SimpleCrossingS9N2": 1 - 0.9 * 15 / 324,
+    "MultiRoom-N2-S4": 1 - 0.9 * 5 / 40,
+}
+
+
+def task_ids(args: Args) -> list[str]:
+    """Gymnasium ids of the run's tasks."""
+    return list(args.env_ids) or [f"MiniGrid-{name}-v0" for name in BENCHMARKS[args.benchmark]]
+
+
+def task_name(env_id: str) -> str:
+    """The name of a task in logs and tables."""
+    return env_id.removeprefix("MiniGrid-").removesuffix("-v0")
+
+
+def make_env(env_id: str) -> gym.Env:
+    """A MiniGrid task seen as its partial (h, w, 3) view of integer codes."""
+    return ImgObsWrapper(gym.make(env_id, disable_env_checker=True))
+
+
+def make_training_envs(env_ids: list[str]) -> gym.vector.SyncVectorEnv:
+    """One environment per task, reset in the step that ends an episode."""
+    envs = [make_env(env_id) for env_id in env_ids]
+    for env_id, env in zip(env_ids, envs, strict=True):
+        for space in ("observation_space", "action_space"):
+            given, first = getattr(env, space), getattr(envs[0], space)
+            if given != first:
+                fail(f"--env-ids {env_id}: {space} {given} must equal {env_ids[0]}'s {first}")
+    return gym.vector.SyncVectorEnv(
+        [lambda env=env: env for env in envs],
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+    )
+
+
+TRAINING, EVALUATION, METRICS = range(3)
+
+
+def derive_seeds(seed: int, purpose: int, timestep: int, number: int) -> list[int]:
+    """Independent seeds for one purpose at one timestep.
+
+    Every draw comes from generators seeded here, so that neither evaluation nor metrics disturb
+    training, and a resumed run needs no generator's state to be exact.
+    """
+    return np.random.SeedSequence((seed, purpose, timestep)).generate_state(number).tolist()
+
+
+# Networks
+
+
+class BatchedLinear(nn.Module):
+    """One linear layer per task: (task, batch, in) -> (task, batch, out)."""
+
+    def __init__(self, num_tasks: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tasks, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_tasks, 1, out_features))
+        draw_parameters(self, self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight.mT)
+
+
+@torch.no_grad()
+def draw_parameters(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Fill weight and bias with draws from torch's default distribution for the layer."""
+    fan_in = weight[0].numel() if isinstance(layer, nn.Conv2d) else weight.shape[-1]
+    for tensor in (weight, bias):
+        tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5)
+
+
+class MultiHeadNetwork(nn.Module):
+    """Shared convolutional trunk and one head per task (MTPPO, section 4), with its masks."""
+
+    def __init__(self, obs_shape, num_tasks: int, num_outputs: int, layer_norm: bool):
+        super().__init__()
+        height, width, channels = obs_shape
+        self.conv1 = nn.Conv2d(channels, 16, 2)
+        self.conv2 = nn.Conv2d(16, 32, 2)
+        self.conv3 = nn.Conv2d(32, 64, 2)
+        self.head_hidden = BatchedLinear(num_tasks, (height - 3) * (width - 3) * 64, 128)
+        self.head_output = BatchedLinear(num_tasks, 128, num_outputs)
+        self.layer_norm = layer_norm
+        self.masks = {}  # layer name -> zeros and ones in its weight's shape; empty: dense
+
+    def activations(self, obs: Tensor) -> list[Tensor]:
+        """obs (task, batch, h, w, c) -> the output of each layer: three convolutions' (N, C, h',
+        w') with N = task * batch, the heads' (task, batch, 128) and (task, batch, output)."""
+
+        def normalise(x, axes):
+            return F.layer_norm(x, x.shape[-axes:]) if self.layer_norm else x
+
+        x = obs.flatten(0, 1).permute(0, 3, 1, 2).float()  # (N, c, h, w), channels last in memory
+        conv1 = F.relu(normalise(self.conv1(x), 3))
+        conv2 = F.relu(normalise(self.conv2(conv1), 3))
+        conv3 = F.tanh(normalise(self.conv3(conv2), 3))
+        features = conv3.permute(0, 2, 3, 1).reshape(*obs.shape[:2], -1)  # place by place
+        hidden = F.tanh(normalise(self.head_hidden(features), 1))
+        return [conv1, conv2, conv3, hidden, self.head_output(hidden)]
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.activations(obs)[-1]
+
+
+def act(actor: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw actions for obs (task, batch, ...): actions and their log-probs, (task, batch)."""
+    log_probs = F.log_softmax(actor(obs), dim=-1)
+    # Gumbel-max: the argmax of log p + Gumbel noise is a draw from p
+    actions = (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
+    return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+# Gradual magnitude pruning
+
+
+def gmp_sparsity(progress: float, start: float, end: float, final: float) -> float:
+    """Cubic schedule: the sparsity at a share of training (Zhu & Gupta 2017, equation 1)."""
+    done = min(max((progress - start) / (end - start), 0.0), 1.0)
+    return final * (1 - (1 - done) ** 3)
+
+
+def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
+    """scores (rows, n) -> mask of the same shape with round(sparsity * n) zeros in each row."""
+    keep = scores.shape[1] - round(sparsity * scores.shape[1])
+    kept = scores.topk(keep, dim=1, sorted=False).indices
+    return torch.zeros_like(scores).scatter_(1, kept, 1.0)
+
+
+@torch.no_grad()
+def prune(network: nn.Module, sparsity: float, scope: str) -> None:
+    """Renew the network's masks to the asked sparsity by magnitude, and apply them.
+
+    scope "layer" ranks within each layer, and each task's head apart; "global" ranks over the
+    whole network. What was pruned ranks last, so that it never comes back.
+    """
+    weights = {name: layer.weight for name, layer in network.named_children()}
+    scores = {name: w.abs() for name, w in weights.items()}
+    for name, mask in network.masks.items():
+        scores[name] = torch.where(mask > 0, scores[name], -1.0)
+    if scope == "global":
+        row = torch.cat([s.flatten() for s in scores.values()])
+        sizes = [s.numel() for s in scores.values()]
+        masks = keep_largest(row[None], sparsity)[0].split(sizes)
+    else:
+        rows = [s.flatten(1) if s.dim() == 3 else s.flatten()[None] for s in scores.values()]
+        masks = [keep_largest(row, sparsity) for row in rows]
+    for (name, w), mask in zip(weights.items(), masks, strict=True):
+        network.masks[name] = mask.view_as(w)
+    apply_masks(network)
+
+
+@torch.no_grad()
+def apply_masks(network: nn.Module) -> None:
+    """Set the pruned weights to zero."""
+    for name, mask in network.masks.items():
+        network.get_submodule(name).weight.mul_(mask)
+
+
+def alive_neurons(network: nn.Module) -> list[Tensor]:
+    """Which neurons of each hidden layer have an unmasked incoming weight: (C,) or (task, H)."""
+    *hidden, _ = network.named_children()
+    masks = [network.masks.get(name, torch.ones_like(layer.weight)) for name, layer in hidden]
+    return [m.any(-1) if m.dim() == 3 else m.flatten(1).any(-1) for m in masks]
+
+
+def measure_sparsity(network: nn.Module) -> dict[str, float]:
+    """Share of weights that are exactly zero: "/<layer>" in each layer, "" in all together."""
+    weights = {f"/{name}": layer.weight for name, layer in network.named_children()}
+    zeros = torch.stack([(w == 0).sum() for w in weights.values()]).tolist()
+    sizes = [w.numel() for w in weights.values()]
+    shares = {name: z / n for name, z, n in zip(weights, zeros, sizes, strict=True)}
+    return {"": sum(zeros) / sum(sizes), **shares}
+
+
+# Comparison arms: ReDo, Reset, PCGrad
+
+
+@torch.no_grad()
+def redo(network: nn.Module, optimizer, obs: Tensor, tau: float) -> None:
+    """Recycle dormant neurons: incoming weights and bias drawn anew, outgoing weights zero, the
+    Adam moments of all of them cleared (Sokar et al. 2023, algorithm 1).
+
+    obs (task, batch, h, w, c): what dormancy is measured on, a head's on its own task's part.
+    """
+
+    def overwrite(parameter, where, values):
+        parameter.copy_(torch.where(where, values, parameter))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if parameter in optimizer.state:
+                optimizer.state[parameter][moment].masked_fill_(where, 0.0)
+
+    layers = list(network.children())
+    *hidden, _ = network.activations(obs)
+    alive = alive_neurons(network)
+    for layer, following, h, a in zip(layers[:-1], layers[1:], hidden, alive, strict=True):
+        weight, bias = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
+        draw_parameters(layer, weight, bias)
+        if h.dim() == 4:  # a convolution: dormant (C,)
+            dormant = a & (dormant_scores(h, a) <= tau)
+            incoming, in_bias = dormant[:, None, None, None], dormant
+            if following.weight.dim() == 4:
+                outgoing = dormant[:, None, None]
+            else:  # its features lie place by place
+                outgoing = dormant.repeat(h.shape[2] * h.shape[3])
+        else:  # heads: dormant (task, H)
+            scores = torch.stack([dormant_scores(*task) for task in zip(h, a, strict=True)])
+            dormant = a & (scores <= tau)
+            incoming, in_bias, outgoing = dormant[:, :, None], dormant[:, None], dormant[:, None]
+        overwrite(layer.weight, incoming, weight)
+        overwrite(layer.bias, in_bias, bias)
+        overwrite(following.weight, outgoing, torch.zeros_like(following.weight))
+    apply_masks(network)
+
+
+def reset_output(network: nn.Module, optimizer) -> None:
+    """Draw every head's output layer anew and drop its Adam state (Nikishin et al. 2022)."""
+    layer = network.head_output
+    draw_parameters(layer, layer.weight, layer.bias)
+    for parameter in layer.parameters():
+        optimizer.state.pop(parameter, None)
+    apply_masks(network)
+
+
+def project_conflicts(gradients: Tensor) -> Tensor:
+    """PCGrad: each task's gradient less its conflicts with the others', met in random order.
+
+    gradients (task, P) -> (task, P). Source: Yu et al. 2020, algorithm 1.
+    """
+    num_tasks = len(gradients)
+    order = torch.rand(num_tasks, num_tasks, device=gradients.device).argsort(1)
+    itself = torch.arange(num_tasks, device=gradients.device)
+    squared_norms = gradients.square().sum(1).clamp_min(1e-12)
+    projected = gradients.clone()
+    for other in order.unbind(1):  # (task,) the task that each one meets
+        conflict = (projected * gradients[other]).sum(1).clamp(max=0) * (other != itself)
+        projected -= (conflict / squared_norms[other])[:, None] * gradients[other]
+    return projected
+
+
+def backward(losses: Tensor, network: nn.Module, pcgrad: bool) -> None:
+    """Gradients of the mean of losses (task,); with pcgrad the trunk's are projected first."""
+    losses.mean().backward(retain_graph=pcgrad)
+    if pcgrad:
+        trunk = [p for name, p in network.named_parameters() if name.startswith("conv")]
+        masks = [
+            network.masks.get(n.removesuffix(".weight"), 1.0)
+            for n, _ in network.named_parameters()
+            if n.startswith("conv")
+        ]
+        tasks = [torch.autograd.grad(loss, trunk, retain_graph=True) for loss in losses]
+        rows = [
+            torch.cat([(g * m).flatten() for g, m in zip(task, masks, strict=True)])
+            for task in tasks
+        ]
+        mean = project_conflicts(torch.stack(rows)).mean(0)
+        for p, part in zip(trunk, mean.split([p.numel() for p in trunk]), strict=True):
+            p.grad = part.view_as(p)
+
+
+# PPO
+
+
+class Rollout(NamedTuple):
+    """The transitions of one iteration, all on --device."""
+
+    obs: Tensor  # uint8 (task, num_steps, h, w, c)
+    actions: Tensor  # int64 (task, num_steps), as are the shapes below
+    log_probs: Tensor  # of the behaviour policy, when it acted
+    rewards: Tensor
+    terminated: Tensor  # bool
+    done: Tensor  # bool, terminated or truncated
+
+
+def empty_rollout(num_tasks: int, num_steps: int, obs_shape, device) -> Rollout:
+    """Storage for num_steps transitions of each task."""
+
+    def zeros(dtype, shape=()):
+        return torch.zeros(num_tasks, num_steps, *shape, dtype=dtype, device=device)
+
+    obs, actions, log_probs = zeros(torch.uint8, obs_shape), zeros(torch.int64), zeros(torch.float)
+    return Rollout(obs, actions, log_probs, zeros(torch.float), zeros(bool), zeros(bool))
+
+
+def bootstrap_values(critic: nn.Module, values: Tensor, final: list[list]) -> Tensor:
+    """Values of the observation after each step, from values (task, num_steps) of that before.
+
+    final: for each task, (step, observation) of every truncation and of the rollout's end, where
+    the next stored observation is another episode's.
+    """
+    width = max(len(task) for task in final)
+    final = [task + [task[-1]] * (width - len(task)) for task in final]
+    steps = torch.tensor([[step for step, _ in task] for task in final], device=values.device)
+    obs = np.stack([np.stack([obs for _, obs in task]) for task in final])
+    next_values = values.roll(-1, dims=1)
+    final_values = critic(torch.as_tensor(obs, device=values.device)).squeeze(-1)
+    return next_values.scatter(1, steps, final_values)
+
+
+def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, equation 16); all (task, steps).
+
+    A termination does not bootstrap from next_values; a truncation and the end of the rollout
+    do. No estimate reaches over the end of an episode.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values
+    decay = gamma * gae_lambda * ~done
+    advantages = torch.empty_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        running = deltas[:, t] + decay[:, t] * running
+        advantages[:, t] = running
+    return advantages
+
+
+def minibatches(num_tasks: int, num_steps: int, size: int, device):
+    """Cut each task's steps, in an order of its own, into indices (task, 1) and (task, size)."""
+    order = torch.rand(num_tasks, num_steps, device=device).argsort(1)
+    task = torch.arange(num_tasks, device=device)[:, None]
+    for steps in order.split(size, dim=1):
+        yield task, steps
+
+
+def actor_losses(logits, actions, old_log_probs, advantages, clip_coef: float, ent_coef: float):
+    """Clipped surrogate with entropy bonus (Schulman et al. 2017, equations 7 and 9).
+
+    logits (task, batch, action), the rest (task, batch). Returns the loss of each task (task,)
+    and (4,): policy loss, entropy, approximate KL divergence, clipped share.
+    """
+    log_probs = F.log_softmax(logits, dim=-1)
+    log_ratio = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).mean()
+        clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
+        stats = torch.stack([-surrogate.mean(), entropy.mean(), approx_kl, clipfrac])
+    return -(surrogate + ent_coef * entropy).mean(1), stats
+
+
+def update_actor(actor, optimizer, rollout: Rollout, advantages: Tensor, args: Args) -> Tensor:
+    """Epochs of PPO on the actor; the mean of actor_losses' second result."""
+    stats = []
+    for _ in range(args.update_epochs):
+        for batch in minibatches(*advantages.shape, args.minibatch_size, advantages.device):
+            obs, actions, log_probs = (field[batch] for field in rollout[:3])
+            losses, batch_stats = actor_losses(
+                actor(obs), actions, log_probs, advantages[batch], args.clip_coef, args.ent_coef
+            )
+            optimizer.zero_grad()
+            backward(losses, actor, args.pcgrad)
+            optimizer.step()
+            apply_masks(actor)
+            stats.append(batch_stats)
+    return torch.stack(stats).mean(0)
+
+
+def update_critic(critic, optimizer, rollout: Rollout, returns: Tensor, args: Args) -> Tensor:
+    """Epochs of regression of the critic on the returns; its mean squared error, (1,)."""
+    stats = []
+    for _ in range(args.critic_epochs):
+        for batch in minibatches(*returns.shape, args.critic_minibatch_size, returns.device):
+            values = critic(rollout.obs[batch]).squeeze(-1)
+            losses = (values - returns[batch]).square().mean(1)  # (task,)
+            optimizer.zero_grad()
+            backward(losses, critic, args.pcgrad)
+            optimizer.step()
+            apply_masks(critic)
+            stats.append(losses.detach())
+    return torch.stack(stats).mean().view(1)
+
+
+# Evaluation and plasticity
+
+
+@torch.no_grad()
+def evaluate(actor: nn.Module, envs: list[list[gym.Env]], seeds: list[int], device):
+    """Play one episode in each of envs[task][episode] with actions drawn from the policy.
+
+    Returns undiscounted episodic returns and lengths, numpy (task, episode).
+    """
+    seeds = iter(seeds)
+    obs = np.stack([[env.reset(seed=next(seeds))[0] for env in task] for task in envs])
+    returns, lengths = np.zeros(obs.shape[:2]), np.zeros(obs.shape[:2])
+    running = np.ones(obs.shape[:2], dtype=bool)
+    while running.any():
+        actions = act(actor, torch.as_tensor(obs, device=device))[0].tolist()
+        for i, j in np.argwhere(running):
+            obs[i, j], reward, terminated, truncated, _ = envs[i][j].step(actions[i][j])
+            returns[i, j] += reward
+            lengths[i, j] += 1
+            running[i, j] = not (terminated or truncated)
+    return returns, lengths
+
+
+def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) -> dict:
+    """Dormant ratio and effective rank of actor and critic, Fisher trace of the actor.
+
+    obs (task, batch, h, w, c). A head's neurons see their own task's observations alone.
+    """
+    metrics = {}
+    for name, network in networks.items():
+        with torch.no_grad():
+            *convs, hidden, _ = network.activations(obs)
+        *alive, alive_hidden = alive_neurons(network)
+        metrics[f"{name}_dormant_ratio"] = dormant_ratio(
+            [*convs, *hidden], args.dormant_tau, [*alive, *alive_hidden]
+        )
+        metrics[f"{name}_effective_rank"] = effective_rank(convs[-1].flatten(1), args.srank_delta)
+    actor = networks["actor"]
+    metrics["fisher_trace"] = fisher_trace(
+        actor, lambda: F.log_softmax(actor(obs), dim=-1), actor.masks
+    )
+    return metrics
+
+
+# Run folder
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write atomically: a reader finds the old checkpoint or the new one, never a part."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(run_dir: str) -> dict:
+    """The checkpoint of a run of this script."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        fail(f"--resume {run_dir}: holds no checkpoint.pt, must be the folder of a run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        fail(f"--resume {run_dir}: checkpoint.pt is damaged ({str(error).splitlines()[0][:80]})")
+    if state["script"] != Path(__file__).stem:
+        fail(f"--resume {run_dir}: a run of {state['script']}.py, must be one of this script")
+    return state
+
+
+def open_run(args: Args) -> tuple[Args, dict | None]:
+    """Check the arguments and make the run folder; or load a run's arguments and checkpoint."""
+    if args.resume is not None:
+        if args != Args(resume=args.resume):
+            fail(f"--resume {args.resume}: goes on with the run's own flags, must stand alone")
+        checkpoint = load_checkpoint(args.resume)
+        args = replace(Args(**checkpoint["args"]), run_dir=args.resume)
+        check_args(args)
+        return args, checkpoint
+    check_args(args)
+    name = "custom" if args.env_ids else args.benchmark
+    default = f"runs/{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or default)
+    if any(run_dir.glob("checkpoint.pt")) or any(run_dir.glob("events.out.tfevents.*")):
+        fail(f"--run-dir {run_dir}: already holds a run, must be another folder (or --resume it)")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: must be a folder that can be written ({error.strerror})")
+    return replace(args, run_dir=str(run_dir)), None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], what: str):
+    """Add the wall-clock time of the block to seconds[what]."""
+    start = time.perf_counter()
+    yield
+    seconds[what] += time.perf_counter() - start
+
+
+def print_summary(tasks: list[str], evaluation: dict, seconds: dict[str, float]) -> None:
+    """Print the final evaluation per task, and where the time went."""
+    means = [np.mean(values) for values in evaluation.values()]
+    print(f"\n{'task':<20}{'normalized return':>18}{'episodic return':>17}{'length':>9}")
+    for row in [*zip(tasks, *evaluation.values(), strict=True), ("mean", *means)]:
+        print("{:<20}{:>18.3f}{:>17.3f}{:>9.1f}".format(*row))
+    total = sum(seconds.values())
+    print(f"\n{'time':<20}{'seconds':>18}{'share':>17}")
+    for what, value in [*seconds.items(), ("sum", total)]:
+        print(f"{what:<20}{value:>18.1f}{value / total:>17.1%}")
+
+
+def train(args: Args) -> None:
+    """Train, evaluate and measure one run."""
+    args, checkpoint = open_run(args)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if use_cuda else "cpu")
+
+    # Environments, networks, storage
+    env_ids = task_ids(args)
+    tasks, num_tasks = [task_name(env_id) for env_id in env_ids], len(env_ids)
+    best_return = np.array([BEST_RETURN.get(task, 1.0) for task in tasks])
+    envs = make_training_envs(env_ids)
+    eval_envs = [[make_env(env_id) for _ in range(args.eval_episodes)] for env_id in env_ids]
+    obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+    torch.manual_seed(args.seed)
+    actor = MultiHeadNetwork(obs_shape, num_tasks, num_actions, args.layer_norm).to(device)
+    critic = MultiHeadNetwork(obs_shape, num_tasks, 1, args.layer_norm).to(device)
+    networks = {"actor": actor, "critic": critic}
+    rates = {"actor": args.actor_lr, "critic": args.critic_lr}
+    optimizers = {
+        name: torch.optim.Adam(
+            n.parameters(), rates[name], weight_decay=args.weight_decay, fused=True
+        )
+        for name, n in networks.items()
+    }
+    rollout = empty_rollout(num_tasks, args.num_steps, obs_shape, device)
+    buffer = ObservationBuffer(
+        args.plasticity_buffer_size, num_tasks, obs_shape, torch.uint8, device
+    )
+    metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
+    seconds = dict.fromkeys(("env", "inference", "update", "sparsify", "metrics", "eval"), 0.0)
+    timestep, evaluation = 0, {}
+    if checkpoint:
+        for name, network in networks.items():
+            network.load_state_dict(checkpoint["networks"][name])
+            network.masks = {n: m.to(device) for n, m in checkpoint["masks"][name].items()}
+            optimizers[name].load_state_dict(checkpoint["optimizers"][name])
+        buffer.observations.copy_(checkpoint["observations"])
+        buffer.added = timestep = checkpoint["timestep"]
+        seconds, evaluation = checkpoint["seconds"], checkpoint["evaluation"]
+
+    def save():
+        state = {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "timestep": timestep,
+            "networks": {name: network.state_dict() for name, network in networks.items()},
+            "masks": {name: network.masks for name, network in networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            "observations": buffer.observations,
+            "seconds": seconds,
+            "evaluation": evaluation,
+        }
+        save_checkpoint(Path(args.run_dir) / "checkpoint.pt", state)
+
+    # Log; on resume, readers drop what was logged after the checkpoint
+    if not checkpoint:
+        save()
+    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1 if checkpoint else None)
+    if not checkpoint:
+        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
+    last_timestep = args.total_timesteps // args.num_steps * args.num_steps
+    start_time, start_timestep, stop = time.perf_counter(), timestep, []
+
+    def due(frequency):  # in the iteration that reaches a multiple of frequency, and in the last
+        return timestep % frequency < args.num_steps or timestep == last_timestep
+
+    def on_signal(number, frame):  # ends the run in good order; a second one ends it at once
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=last_timestep, initial=timestep, unit="timestep", disable=None)
+
+    while timestep < last_timestep and not stop:
+        # Collect fresh episodes
+        torch_seed, *env_seeds = derive_seeds(args.seed, TRAINING, timestep, 1 + num_tasks)
+        torch.manual_seed(torch_seed)
+        obs, _ = envs.reset(seed=env_seeds)
+        rewards, terminated, done = [], [], []
+        final = [[] for _ in tasks]  # (step, observation) to bootstrap from
+        episodes = [[] for _ in tasks]  # (return, length) of those that ended
+        episode_return, episode_length = np.zeros(num_tasks), np.zeros(num_tasks)
+        torch.backends.mkldnn.enabled = False  # on the CPU, it slows a batch this small down
+        for step in range(args.num_steps):
+            with timed(seconds, "inference"), torch.no_grad():
+                obs_t = torch.as_tensor(obs, device=device)[:, None]  # (task, 1, h, w, c)
+                actions, log_probs = act(actor, obs_t)
+                for field, value in zip(rollout, (obs_t, actions, log_probs), strict=False):
+                    field[:, step : step + 1] = value
+                buffer.add(obs_t[:, 0])
+                actions = actions[:, 0].cpu().numpy()  # the loop's only wait for the device
+            with timed(seconds, "env"):
+                obs, reward, terminal, truncated, info = envs.step(actions)
+                rewards.append(reward)
+                terminated.append(terminal)
+                done.append(terminal | truncated)
+                episode_return += reward
+                episode_length += 1
+                for i in done[-1].nonzero()[0]:
+                    episodes[i].append((episode_return[i], episode_length[i]))
+                    episode_return[i] = episode_length[i] = 0
+                    if truncated[i]:
+                        final[i].append((step, info["final_obs"][i]))
+            timestep += 1
+            with timed(seconds, "sparsify"):
+                if args.sparsity and timestep % args.prune_frequency == 0:
+                    before, now = (
+                        gmp_sparsity(
+                            t / args.total_timesteps,
+                            args.prune_start,
+                            args.prune_end,
+                            args.sparsity,
+                        )
+                        for t in (timestep - args.prune_frequency, timestep)
+                    )
+                    if now > before:
+                        for network in networks.values():
+                            prune(network, now, args.prune_scope)
+                if args.redo_frequency and timestep % args.redo_frequency == 0:
+                    sample = buffer.sample(metrics_size)
+                    for name, network in networks.items():
+                        redo(network, optimizers[name], sample, args.redo_tau)
+                resets, rest = divmod(timestep, args.reset_frequency or math.inf)
+                if rest == 0 and resets <= args.max_resets:
+                    for name, network in networks.items():
+                        reset_output(network, optimizers[name])
+        torch.backends.mkldnn.enabled = True
+        for i in range(num_tasks):
+            if not truncated[i]:
+                final[i].append((step, obs[i]))
+
+        # Estimate advantages, standardised per task
+        with timed(seconds, "inference"), torch.no_grad():
+            for field, arrays in zip(rollout[3:], (rewards, terminated, done), strict=True):
+                field.copy_(torch.as_tensor(np.stack(arrays, axis=1)))
+            parts = rollout.obs.split(args.minibatch_size, dim=1)  # to stay in the cache
+            values = torch.cat([critic(obs).squeeze(-1) for obs in parts], dim=1)
+            next_values = bootstrap_values(critic, values, final)
+            advantages = gae(
+                rollout.rewards, values, next_values, *rollout[4:], args.gamma, args.gae_lambda
+            )
+            returns = advantages + values
+            explained_variance = 1 - (returns - values).var() / returns.var()
+            advantages -= advantages.mean(1, keepdim=True)
+            advantages /= advantages.std(1, correction=0, keepdim=True) + 1e-8
+
+        # Update
+        with timed(seconds, "update"):
+            value_loss = update_critic(critic, optimizers["critic"], rollout, returns, args)
+            actor_stats = update_actor(actor, optimizers["actor"], rollout, advantages, args)
+            stats = torch.cat([value_loss, explained_variance.view(1), actor_stats]).tolist()
+        names = "value_loss explained_variance policy_loss entropy approx_kl clipfrac".split()
+        scalars = {f"losses/{name}": value for name, value in zip(names, stats, strict=True)}
+
+        # Measure and evaluate
+        for name, network in networks.items():
+            for layer, value in measure_sparsity(network).items():
+                scalars[f"sparsity/{name}{layer}"] = value
+        if due(args.plasticity_frequency):
+            with timed(seconds, "metrics"):
+                torch.manual_seed(*derive_seeds(args.seed, METRICS, timestep, 1))
+                metrics = measure_plasticity(networks, buffer.sample(metrics_size), args)
+            scalars |= {f"plasticity/{name}": value for name, value in metrics.items()}
+        if due(args.eval_frequency):
+            with timed(seconds, "eval"):
+                number = 1 + num_tasks * args.eval_episodes
+                torch_seed, *env_seeds = derive_seeds(args.seed, EVALUATION, timestep, number)
+                torch.manual_seed(torch_seed)
+                eval_returns, lengths = evaluate(actor, eval_envs, env_seeds, device)
+            evaluation = {
+                "normalized_return": (eval_returns.mean(1) / best_return).tolist(),
+                "episodic_return": eval_returns.mean(1).tolist(),
+                "episodic_length": lengths.mean(1).tolist(),
+            }
+            scalars["eval/normalized_return"] = np.mean(evaluation["normalized_return"])
+            for name, per_task in evaluation.items():
+                for task, value in zip(tasks, per_task, strict=True):
+                    scalars[f"eval/{name}/{task}"] = value
+
+        # Log and save
+        for task, ended, best in zip(tasks, episodes, best_return, strict=True):
+            if ended:
+                mean_return, mean_length = np.mean(ended, axis=0)
+                scalars[f"charts/normalized_return/{task}"] = mean_return / best
+                scalars[f"charts/episodic_length/{task}"] = mean_length
+        sps = num_tasks * (timestep - start_timestep) / (time.perf_counter() - start_time)
+        scalars |= {"charts/SPS": sps} | {f"time/{what}": s for what, s in seconds.items()}
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, timestep)
+        if due(args.checkpoint_frequency) or stop:
+            writer.flush()  # before the checkpoint, so that the log never lags behind it
+            save()
+        shown = [v for tag, v in scalars.items() if tag.startswith("charts/normalized_return")]
+        sparsity = f"{scalars['sparsity/actor']:.3f}"
+        bar.set_postfix(
+            {"return": f"{np.mean(shown or [0]):.3f}", "sparsity": sparsity, "SPS": f"{sps:.0f}"}
+        )
+        bar.update(args.num_steps)
+
+    bar.close()
+    writer.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if timestep < last_timestep:
+        print(f"stopped at timestep {timestep}, to go on: --resume {args.run_dir}")
+    else:
+        print_summary(tasks, evaluation, seconds)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
