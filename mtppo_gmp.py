@@ -642,8 +642,8 @@ def load_checkpoint(run_dir: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         fail(f"--resume {run_dir}: checkpoint.pt is damaged ({str(error).splitlines()[0][:80]})")
-    if state["script"] != Path(__file__).stem:
-        fail(f"--resume {run_dir}: a run of {state['script']}.py, must be one of this script")
+    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
+        fail(f"--resume {run_dir}: checkpoint.pt is of another script, must be one of this script")
     return state
 
 

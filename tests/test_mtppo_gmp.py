@@ -1,0 +1,659 @@
+"""Every formula of mtppo_gmp.py against an oracle that shares no code with it."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mtppo_gmp as script
+from mtppo_gmp import TRAINING, Args, BatchedLinear, MultiHeadNetwork, Rollout
+from plasticity_metrics import ObservationBuffer
+
+OBS_SHAPE = (7, 7, 3)
+
+
+def make_network(num_tasks=3, num_outputs=7, layer_norm=False):
+    torch.manual_seed(0)
+    return MultiHeadNetwork(OBS_SHAPE, num_tasks, num_outputs, layer_norm)
+
+
+def random_obs(*shape):
+    return torch.randint(0, 11, (*shape, *OBS_SHAPE), dtype=torch.uint8)
+
+
+def random_rollout(num_tasks=3, num_steps=40):
+    rollout = script.empty_rollout(num_tasks, num_steps, OBS_SHAPE, "cpu")
+    rollout.obs.copy_(random_obs(num_tasks, num_steps))
+    rollout.actions.random_(0, 7)
+    rollout.log_probs.fill_(-math.log(7))
+    return rollout
+
+
+# Environments and collection
+
+
+def scripted_policy(actions):
+    """An actor whose policy plays the given actions, one a call."""
+    calls = iter(actions)
+
+    def actor(obs):
+        logits = torch.full((*obs.shape[:2], 7), -1e9)
+        logits[..., next(calls)] = 0.0
+        return logits
+
+    return actor
+
+
+def test_return_of_a_hand_made_episode():
+    left, right, forward = 0, 1, 2
+    envs = [[script.make_env("MiniGrid-Empty-5x5-v0")]]  # from (1, 1) to the goal at (3, 3)
+    actor = scripted_policy([left, right, forward, forward, right, forward, forward])
+    returns, lengths = script.evaluate(actor, envs, [0], "cpu")
+    assert lengths.item() == 7
+    assert returns.item() == pytest.approx(1 - 0.9 * 7 / 100)
+
+
+def test_an_evaluation_gives_each_episode_an_environment_of_its_own():
+    forward = 2  # lava ends the third task's episodes at once, the others run to their limit
+    ids = ["MiniGrid-Empty-5x5-v0", "MiniGrid-Empty-6x6-v0", "MiniGrid-LavaCrossingS9N1-v0"]
+    envs = [[script.make_env(env_id) for _ in range(4)] for env_id in ids]
+    actor = scripted_policy([forward] * 1000)
+    returns, lengths = script.evaluate(actor, envs, list(range(12)), "cpu")
+    assert returns.shape == lengths.shape == (3, 4)
+    assert (lengths[:2] == [[100], [144]]).all()
+    assert (returns[:2] == 0).all()
+
+
+def test_normalised_score_of_the_spec():
+    # The figures of MOORE's benchmark, rounded as they are printed there
+    printed = {
+        "DoorKey-6x6": (360, 0.9725),
+        "DistShift1": (252, 0.9607),
+        "RedBlueDoors-6x6": (720, 0.9900),
+        "LavaGapS7": (196, 0.9633),
+        "MemoryS11": (605, 0.9777),
+        "SimpleCrossingS9N2": (324, 0.9583),
+        "MultiRoom-N2-S4": (40, 0.8875),
+    }
+    assert set(printed) == set(script.BENCHMARKS["MT7"]) == set(script.BEST_RETURN)
+    for task, (max_steps, best) in printed.items():
+        env = script.make_env(f"MiniGrid-{task}-v0")
+        assert env.unwrapped.max_steps == max_steps
+        assert script.BEST_RETURN[task] == pytest.approx(best, abs=5e-5)
+        assert env.observation_space.shape == OBS_SHAPE and env.action_space.n == 7
+
+
+class Countdown(gym.Env):
+    """A stand-in for MiniGrid: episode e has 3 + e % 4 steps; even ones terminate, odd ones are
+    truncated. The observation tells (task, episode, step)."""
+
+    observation_space = gym.spaces.Box(0, 255, OBS_SHAPE, np.uint8)
+    action_space = gym.spaces.Discrete(7)
+
+    def __init__(self, env_id):
+        self.task = 1 + list(script.task_ids(Args())).index(env_id)
+        self.episode = -1
+
+    def observe(self):
+        obs = np.zeros(OBS_SHAPE, np.uint8)
+        obs[0, 0] = self.task, self.episode, self.step_count
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        self.step_count = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.step_count += 1
+        over = self.step_count == 3 + self.episode % 4
+        terminated = over and self.episode % 2 == 0
+        return self.observe(), self.reward(), terminated, over and not terminated, {}
+
+    def reward(self):
+        return (self.task + 2 * self.episode + self.step_count) % 5 / 4
+
+
+def plain_advantages(value, task, num_steps, gamma, gae_lambda):
+    """GAE by its definition: a sum over the rest of each episode, on Countdown's own law."""
+    env = Countdown(script.task_ids(Args())[task])
+    obs, _ = env.reset()
+    steps = []  # (value, reward, next value, terminated, over)
+    for _ in range(num_steps):
+        next_obs, reward, terminated, truncated, _ = env.step(0)
+        steps.append((value(task, obs), reward, value(task, next_obs), terminated, truncated))
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    advantages = []
+    for start in range(num_steps):
+        total, weight = 0.0, 1.0
+        for v, reward, next_v, terminated, truncated in steps[start:]:
+            total += weight * (reward + (0.0 if terminated else gamma * next_v) - v)
+            weight *= gamma * gae_lambda
+            if terminated or truncated:
+                break
+        advantages.append(total)
+    return advantages
+
+
+@pytest.mark.parametrize("num_steps", [37, 18, 12, 7, 2])  # ends: running, truncated, terminated
+def test_no_transition_crosses_a_reset(monkeypatch, tmp_path, num_steps):
+    """train's rollout, bootstrap and advantages on scripted episodes, against the definition."""
+    seen = {}
+
+    def update_critic(critic, optimizer, rollout, returns, args):
+        seen.update(critic=copy.deepcopy(critic), rollout=rollout, returns=returns.clone())
+        return torch.zeros(1)
+
+    def update_actor(actor, optimizer, rollout, advantages, args):
+        seen.update(advantages=advantages.clone())
+        return torch.zeros(4)
+
+    monkeypatch.setattr(script, "make_env", Countdown)
+    monkeypatch.setattr(script, "update_critic", update_critic)
+    monkeypatch.setattr(script, "update_actor", update_actor)
+    monkeypatch.setattr(script, "measure_plasticity", lambda *_: {})
+    args = Args(
+        num_steps=num_steps,
+        total_timesteps=num_steps,
+        eval_episodes=1,
+        sparsity=0,
+        run_dir=str(tmp_path / "run"),
+    )
+    script.train(args)
+
+    @torch.no_grad()
+    def value(task, obs):
+        every_task = torch.from_numpy(obs)[None, None].expand(5, 1, *OBS_SHAPE)
+        return seen["critic"](every_task)[task, 0, 0].item()
+
+    for task in range(5):
+        expected = plain_advantages(value, task, num_steps, args.gamma, args.gae_lambda)
+        values = [value(task, obs.numpy()) for obs in seen["rollout"].obs[task]]
+        returns = [a + v for a, v in zip(expected, values, strict=True)]
+        assert seen["returns"][task].tolist() == pytest.approx(returns, abs=1e-5)
+        standardised = (np.array(expected) - np.mean(expected)) / (np.std(expected) + 1e-8)
+        assert seen["advantages"][task].tolist() == pytest.approx(list(standardised), abs=1e-4)
+
+
+def test_seeds_differ_by_seed_purpose_and_timestep():
+    keys = [(1, TRAINING, 0), (2, TRAINING, 0), (1, script.EVALUATION, 0), (1, TRAINING, 2000)]
+    drawn = [tuple(script.derive_seeds(*key, 6)) for key in keys]
+    assert len(set(sum(drawn, ()))) == 24
+    assert drawn[0] == tuple(script.derive_seeds(1, TRAINING, 0, 6))
+
+
+# Networks
+
+
+def test_batched_linear_is_a_linear_layer_per_task():
+    torch.manual_seed(0)
+    layer, x = BatchedLinear(3, 6, 4), torch.randn(3, 5, 6)
+    for task in range(3):
+        expected = nn.functional.linear(x[task], layer.weight[task], layer.bias[task, 0])
+        torch.testing.assert_close(layer(x)[task], expected)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_network_is_a_trunk_and_a_head_per_task(layer_norm):
+    network, obs = make_network(layer_norm=layer_norm), random_obs(3, 4)
+
+    def norm(*shape):
+        return nn.LayerNorm(shape) if layer_norm else nn.Identity()
+
+    for task in range(3):
+        plain = nn.Sequential(
+            *(network.conv1, norm(16, 6, 6), nn.ReLU()),
+            *(network.conv2, norm(32, 5, 5), nn.ReLU()),
+            *(network.conv3, norm(64, 4, 4), nn.Tanh(), nn.Flatten()),
+            *(hidden := nn.Linear(1024, 128), norm(128), nn.Tanh()),
+            output := nn.Linear(128, 7),
+        )
+        with torch.no_grad():
+            # Ours flattens place by place, torch channel by channel
+            by_place = network.head_hidden.weight[task].view(128, 16, 64)
+            hidden.weight.copy_(by_place.transpose(1, 2).reshape(128, 1024))
+            hidden.bias.copy_(network.head_hidden.bias[task, 0])
+            output.weight.copy_(network.head_output.weight[task])
+            output.bias.copy_(network.head_output.bias[task, 0])
+        expected = plain(obs[task].permute(0, 3, 1, 2).float())
+        torch.testing.assert_close(network(obs)[task], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_have_torchs_default_distribution():
+    network = make_network()
+    for layer, fan_in in ((network.head_hidden, 1024), (network.head_output, 128)):
+        for parameter in layer.parameters():
+            assert parameter.abs().max() <= fan_in**-0.5
+            assert parameter.abs().max() > 0.9 * fan_in**-0.5
+    drawn = torch.empty(64, 32, 2, 2), torch.empty(64)
+    script.draw_parameters(network.conv3, *drawn)
+    for parameter in drawn:
+        assert 0.9 * 128**-0.5 < parameter.abs().max() <= 128**-0.5
+
+
+def test_actions_are_draws_from_the_policy():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 1, 7)
+    actions, log_probs = script.act(lambda obs: logits.expand(2, 40_000, 7), random_obs(2, 40_000))
+    policy = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(log_probs, policy.log_prob(actions))
+    for task in range(2):
+        share = torch.bincount(actions[task], minlength=7) / 40_000
+        torch.testing.assert_close(share, policy.probs[task, 0], atol=0.01, rtol=0)
+
+
+# Gradual magnitude pruning
+
+
+def test_schedule_at_its_corners():
+    window = 0.05, 0.80, 0.95
+    assert script.gmp_sparsity(0.0, *window) == 0
+    assert script.gmp_sparsity(0.05, *window) == 0
+    assert script.gmp_sparsity(0.425, *window) == pytest.approx(0.95 * 7 / 8)  # halfway
+    assert script.gmp_sparsity(0.80, *window) == pytest.approx(0.95)
+    assert script.gmp_sparsity(1.0, *window) == pytest.approx(0.95)
+    assert script.gmp_sparsity(1.0, 0.0, 1.0, 0.5) == 0.5
+
+
+def layers_of(network):
+    """Each true layer's weight and mask: the convolutions', and each task's own."""
+    for name, layer in network.named_children():
+        mask = network.masks[name]
+        if layer.weight.dim() == 4:
+            yield layer.weight, mask
+        else:
+            yield from zip(layer.weight, mask, strict=True)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_counts_are_exact_and_the_smallest_go(scope):
+    network = make_network()
+    before = copy.deepcopy(network)
+    script.prune(network, 0.7, scope)
+    pruned = {name: layer.weight == 0 for name, layer in network.named_children()}
+    if scope == "layer":
+        for weight, mask in layers_of(network):
+            assert (mask == 0).sum() == (weight == 0).sum() == round(0.7 * weight.numel())
+    else:
+        total = sum(layer.weight.numel() for layer in network.children())
+        assert sum(p.sum() for p in pruned.values()) == round(0.7 * total)
+        magnitudes = {n: layer.weight.abs() for n, layer in before.named_children()}
+        largest_pruned = max(m[pruned[n]].max() for n, m in magnitudes.items())
+        assert largest_pruned <= min(m[~pruned[n]].min() for n, m in magnitudes.items())
+    for (_, old), (name, new) in zip(
+        before.named_children(), network.named_children(), strict=True
+    ):
+        kept = ~pruned[name]
+        assert torch.equal(new.weight[kept], old.weight[kept])
+        assert torch.equal(new.bias, old.bias)
+        if scope == "layer" and new.weight.dim() == 3:
+            for w, p in zip(old.weight.abs(), pruned[name], strict=True):
+                assert w[p].max() <= w[~p].min()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_pruned_weights_stay_zero_and_never_come_back(scope):
+    network = make_network()
+    optimizer = torch.optim.Adam(network.parameters(), 0.05, weight_decay=0.1, fused=True)
+    rollout, advantages = random_rollout(), torch.randn(3, 40)
+    args = Args(update_epochs=1, minibatch_size=20, ent_coef=1.0)
+    old = None
+    for sparsity in (0.3, 0.3, 0.31, 0.6, 0.95):
+        script.prune(network, sparsity, scope)
+        masks = {name: mask.clone() for name, mask in network.masks.items()}
+        script.update_actor(network, optimizer, rollout, advantages, args)
+        for name, layer in network.named_children():
+            assert (layer.weight[masks[name] == 0] == 0).all()
+            if old:
+                assert (masks[name] <= old[name]).all()
+        old = masks
+    measured = script.measure_sparsity(network)
+    assert measured[""] == pytest.approx(0.95, abs=1e-3)
+    if scope == "layer":
+        assert measured["/conv1"] == round(0.95 * 192) / 192
+        assert measured["/head_output"] == round(0.95 * 896) / 896
+
+
+def test_a_dense_network_has_no_mask():
+    network = make_network()
+    script.apply_masks(network)
+    assert network.masks == {} and script.measure_sparsity(network)[""] == 0.0
+    assert all(alive.all() for alive in script.alive_neurons(network))
+
+
+def test_alive_neurons_have_an_unmasked_incoming_weight():
+    network = make_network()
+    script.prune(network, 0.1, "layer")
+    network.masks["conv2"][5] = 0
+    network.masks["head_hidden"][2, 7] = 0
+    conv1, conv2, conv3, hidden = script.alive_neurons(network)
+    assert conv1.all() and conv3.all()
+    assert conv2.logical_not().nonzero().tolist() == [[5]]
+    assert hidden.logical_not().nonzero().tolist() == [[2, 7]]
+
+
+# Comparison arms
+
+
+def trained(network, steps=2):
+    """An Adam with moments for every parameter of the network."""
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (network(random_obs(3, 8)) ** 2).sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_redo_recycles_dormant_neurons_alone():
+    network = make_network()
+    optimizer = trained(network)
+    with torch.no_grad():  # silence channel 4 of conv2, channel 9 of conv3, neuron 3 of head 1
+        network.conv1.bias += 10  # and no other
+        network.conv2.bias += 100
+        network.conv2.bias[4] = -1e6
+        network.conv3.weight[9] = network.conv3.bias[9] = 0
+        network.head_hidden.weight[1, 3] = network.head_hidden.bias[1, 0, 3] = 0
+    for state in optimizer.state.values():  # so that a cleared moment is told from a small one
+        state["exp_avg"].fill_(1.0)
+        state["exp_avg_sq"].fill_(1.0)
+    before = copy.deepcopy(network)
+    script.redo(network, optimizer, random_obs(3, 30), 0.001)
+
+    drawn = {name: torch.zeros_like(p, dtype=bool) for name, p in network.named_parameters()}
+    zeroed = copy.deepcopy(drawn)
+    drawn["conv2.weight"][4] = drawn["conv2.bias"][4] = True
+    zeroed["conv3.weight"][:, 4] = True
+    drawn["conv3.weight"][9] = drawn["conv3.bias"][9] = True
+    # a feature's place in the flattened map: place * channels + channel
+    zeroed["head_hidden.weight"].view(3, 128, 16, 64)[..., 9] = True
+    drawn["head_hidden.weight"][1, 3] = drawn["head_hidden.bias"][1, 0, 3] = True
+    zeroed["head_output.weight"][1, :, 3] = True
+    # Layers go in order: neuron 9 of conv3 is drawn after its input 4 was cut, and so on
+    drawn["conv3.weight"][9, 4] = drawn["head_hidden.weight"][1, 3] = True
+    old = dict(before.named_parameters())
+    for name, new in network.named_parameters():
+        both = drawn[name] & zeroed[name]
+        changed = new != old[name]
+        assert torch.equal(new[zeroed[name] & ~both], torch.zeros_like(new[zeroed[name] & ~both]))
+        assert changed[drawn[name] & ~both].all()
+        assert not changed[~drawn[name] & ~zeroed[name]].any()
+        state = optimizer.state[new]
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            assert torch.equal(moment == 0, drawn[name] | zeroed[name])
+
+
+def test_redo_respects_masks():
+    network = make_network()
+    script.prune(network, 0.5, "layer")
+    with torch.no_grad():
+        network.conv3.weight[9] = network.conv3.bias[9] = 0
+    script.redo(network, torch.optim.Adam(network.parameters()), random_obs(3, 30), 0.001)
+    for name, layer in network.named_children():
+        assert (layer.weight[network.masks[name] == 0] == 0).all()
+    assert (network.conv3.weight[9][network.masks["conv3"][9] == 1] != 0).all()
+
+
+def test_reset_draws_the_output_layer_anew_and_drops_its_moments():
+    network = make_network()
+    optimizer = trained(network)
+    script.prune(network, 0.5, "layer")
+    before = copy.deepcopy(network)
+    script.reset_output(network, optimizer)
+    old = dict(before.named_parameters())
+    for name, new in network.named_parameters():
+        if name.startswith("head_output"):
+            assert new not in optimizer.state
+            assert (new.abs() <= 128**-0.5).all()
+            kept = network.masks["head_output"] == 1 if name.endswith("weight") else ...
+            assert (new[kept] != old[name][kept]).all()
+        else:
+            assert torch.equal(new, old[name]) and optimizer.state[new]["exp_avg"].any()
+    assert (network.head_output.weight[network.masks["head_output"] == 0] == 0).all()
+
+
+def test_pcgrad_of_two_conflicting_gradients():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])  # a . b = -1
+    projected = script.project_conflicts(torch.stack([a, b]))
+    # a - (a.b / b.b) b = (1, 0) + 1/2 (-1, 1), b - (a.b / a.a) a = (-1, 1) + (1, 0)
+    torch.testing.assert_close(projected, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+
+
+def test_pcgrad_leaves_agreeing_gradients_alone():
+    gradients = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.equal(script.project_conflicts(gradients), gradients)
+
+
+def test_pcgrad_is_a_plain_loop_in_some_order():
+    torch.manual_seed(0)
+    gradients = torch.eye(3, 4) - 0.5 + 0.1 * torch.randn(3, 4)  # all three conflict
+
+    def project(i, order):
+        g = gradients[i].clone()
+        for j in order:
+            if g @ gradients[j] < 0:
+                g -= g @ gradients[j] / (gradients[j] @ gradients[j]) * gradients[j]
+        return g
+
+    seen = {0: set(), 1: set(), 2: set()}
+    for _ in range(30):
+        projected = script.project_conflicts(gradients)
+        for i, (j, k) in enumerate([(1, 2), (0, 2), (0, 1)]):
+            ways = [
+                torch.allclose(projected[i], project(i, o), atol=1e-6) for o in ((j, k), (k, j))
+            ]
+            assert any(ways)
+            seen[i].add(tuple(ways))
+    assert any(len(ways) > 1 for ways in seen.values())  # the order is drawn
+
+
+def test_backward_with_pcgrad_projects_the_trunk_and_leaves_the_heads():
+    network, obs = make_network(), random_obs(3, 6)
+    script.prune(network, 0.5, "layer")
+    targets = torch.randn(3, 6, 7) * 100
+
+    def losses():
+        return ((network(obs) - targets) ** 2).mean((1, 2))
+
+    tasks = []
+    for task in range(3):
+        network.zero_grad()
+        losses()[task].backward()
+        tasks.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    torch.manual_seed(5)
+    network.zero_grad()
+    script.backward(losses(), network, pcgrad=True)
+    for grads in tasks:  # the pruned weights of the trunk take no part
+        for name, mask in network.masks.items():
+            grads[f"{name}.weight"] *= mask if name.startswith("conv") else 1.0
+    trunk = [name for name in tasks[0] if name.startswith("conv")]
+    flat = torch.stack([torch.cat([grads[n].flatten() for n in trunk]) for grads in tasks])
+    torch.manual_seed(5)
+    mean = script.project_conflicts(flat).mean(0)
+    got = torch.cat([network.get_parameter(n).grad.flatten() for n in trunk])
+    torch.testing.assert_close(got, mean, rtol=1e-4, atol=1e-5)
+    for name in tasks[0].keys() - set(trunk):
+        expected = sum(grads[name] for grads in tasks) / 3
+        torch.testing.assert_close(network.get_parameter(name).grad, expected)
+
+
+# PPO
+
+
+def test_losses_against_torch_distributions():
+    torch.manual_seed(0)
+    logits, actions = torch.randn(3, 50, 7), torch.randint(0, 7, (3, 50))
+    old, advantages = torch.randn(3, 50) - 2, torch.randn(3, 50)
+    losses, stats = script.actor_losses(logits, actions, old, advantages, 0.2, 0.01)
+    policy = torch.distributions.Categorical(logits=logits)
+    expected, clipped = torch.zeros(3), 0
+    for task in range(3):
+        for i in range(50):
+            ratio = math.exp(policy.log_prob(actions)[task, i] - old[task, i])
+            advantage = advantages[task, i].item()
+            surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            expected[task] -= (surrogate + 0.01 * policy.entropy()[task, i]) / 50
+            clipped += abs(ratio - 1) > 0.2
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    log_ratio = policy.log_prob(actions) - old
+    approx_kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
+    policy_loss, entropy, kl, clipfrac = stats.tolist()
+    assert policy_loss - 0.01 * entropy == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert entropy == pytest.approx(policy.entropy().mean().item(), rel=1e-5)
+    assert (kl, clipfrac) == pytest.approx((approx_kl, clipped / 150), rel=1e-4)
+
+
+def test_minibatches_hold_every_step_of_every_task_once():
+    torch.manual_seed(0)
+    parts = [task * 1000 + steps for task, steps in script.minibatches(3, 100, 32, "cpu")]
+    assert [p.shape for p in parts] == [(3, 32)] * 3 + [(3, 4)]
+    whole = torch.cat(parts, dim=1)
+    assert torch.equal(whole.sort(1).values, torch.arange(3)[:, None] * 1000 + torch.arange(100))
+    assert not torch.equal(whole[0], whole[1] - 1000)  # each task in an order of its own
+
+
+def test_updates_follow_the_plain_gradient():
+    """One minibatch and SGD: the step is the gradient of the loss, worked out task by task."""
+    network, rollout, args = make_network(num_outputs=1), random_rollout(), Args(critic_lr=0.1)
+    returns = torch.randn(3, 40)
+    before = copy.deepcopy(network)
+    values = before(rollout.obs)[..., 0]
+    loss = sum(((values[t, i] - returns[t, i]) ** 2) / 120 for t in range(3) for i in range(40))
+    loss.backward()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    mse = script.update_critic(network, optimizer, rollout, returns, args)
+    assert mse.item() == pytest.approx(loss.item(), rel=1e-4)
+    for new, old in zip(network.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 0.1 * old.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_single_tasks_and_small_rollouts_work():
+    args = Args(update_epochs=1, minibatch_size=256, critic_minibatch_size=2000)
+    rollout = random_rollout(1, 10)
+    actor, critic = make_network(1), make_network(1, 1)
+    for pcgrad in (False, True):
+        args.pcgrad = pcgrad
+        stats = script.update_actor(actor, trained_one(actor), rollout, torch.randn(1, 10), args)
+        assert stats.isfinite().all()
+        script.update_critic(critic, trained_one(critic), rollout, torch.randn(1, 10), args)
+
+
+def trained_one(network):
+    return torch.optim.Adam(network.parameters(), fused=True)
+
+
+# Plasticity of the networks
+
+
+def test_metrics_see_each_head_on_its_own_task():
+    args = Args()
+    networks = {"actor": make_network(), "critic": make_network(num_outputs=1)}
+    obs = random_obs(3, 64)
+    dense = script.measure_plasticity(networks, obs, args)
+    hidden_neurons = 16 + 32 + 64 + 3 * 128
+    base = dense["actor_dormant_ratio"] * hidden_neurons
+    with torch.no_grad():
+        networks["actor"].head_hidden.weight[1, :10] = 0
+        networks["actor"].head_hidden.bias[1, 0, :10] = 0
+    after = script.measure_plasticity(networks, obs, args)
+    assert after["actor_dormant_ratio"] * hidden_neurons == pytest.approx(base + 10, abs=1e-3)
+    assert after["critic_dormant_ratio"] == dense["critic_dormant_ratio"]
+    script.prune(networks["actor"], 0.01, "layer")
+    networks["actor"].masks["head_hidden"][1, :10] = 0  # dead by its mask: not a neuron any more
+    masked = script.measure_plasticity(networks, obs, args)["actor_dormant_ratio"]
+    assert masked * (hidden_neurons - 10) == pytest.approx(base, abs=1e-3)
+    features = networks["actor"].activations(obs)[2].flatten(1)
+    singular = np.linalg.svd(features.detach().double().numpy(), compute_uv=False)
+    rank = int((np.cumsum(singular) / singular.sum() < 0.99).sum()) + 1
+    assert after["actor_effective_rank"] == rank
+
+
+# Devices
+
+
+class OneDevice(TorchDispatchMode):
+    """A stand-in for CUDA: everything is on torch's meta device, and an operation that sees or
+    makes a CPU tensor fails. What would wait for the device (.item(), .cpu(), a bool index)
+    fails on the meta device by itself."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                raise AssertionError(f"{function}: a tensor on {tensor.device}")
+        return result
+
+
+def on_one_device(network, critic, rollout, buffer, advantages, optimizers, args):
+    """The hot loop: storage, action, advantages, update, pruning and interventions."""
+    obs = rollout.obs[:, 0]
+    with torch.no_grad():
+        actions, log_probs = script.act(network, obs[:, None])
+        for field, value in zip(rollout, (obs[:, None], actions, log_probs), strict=False):
+            field[:, 0:1] = value
+        buffer.add(obs)
+        values = critic(rollout.obs).squeeze(-1)
+        estimates = script.gae(rollout.rewards, values, values, *rollout[4:], 0.99, 0.95)
+    script.update_critic(critic, optimizers[1], rollout, estimates, args)
+    script.update_actor(network, optimizers[0], rollout, advantages, args)
+    for sparsity in (0.5, 0.95):
+        script.prune(network, sparsity, args.prune_scope)
+    script.reset_output(network, optimizers[0])
+    script.update_actor(network, optimizers[0], rollout, advantages, args)
+    alive = script.alive_neurons(network)
+    buffer.sample(4)
+    return alive
+
+
+def hygiene(scope, pcgrad, plant=None):
+    with torch.device("meta"):
+        network, critic = make_network(), make_network(num_outputs=1)
+    rollout = script.empty_rollout(3, 40, OBS_SHAPE, "meta")
+    buffer = ObservationBuffer(90, 3, OBS_SHAPE, torch.uint8, "meta")
+    # SGD: torch's fused Adam does not know the meta device
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1) for n in (network, critic)]
+    advantages = torch.empty(3, 40, device="meta")
+    if plant:
+        rollout, advantages = plant(rollout, advantages)
+    args = Args(update_epochs=1, prune_scope=scope, pcgrad=pcgrad)
+    with OneDevice():
+        on_one_device(network, critic, rollout, buffer, advantages, optimizers, args)
+
+
+@pytest.mark.parametrize("pcgrad", [False, True])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_hot_loop_stays_on_its_device(scope, pcgrad):
+    hygiene(scope, pcgrad)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda rollout, advantages: (rollout, torch.zeros(3, 40)),
+        lambda rollout, advantages: (rollout._replace(rewards=torch.zeros(3, 40)), advantages),
+        lambda rollout, advantages: (rollout._replace(done=torch.zeros(3, 40).bool()), advantages),
+    ],
+)
+def test_a_planted_cpu_tensor_is_caught(plant):
+    with pytest.raises((AssertionError, RuntimeError), match="cpu"):
+        hygiene("layer", False, plant)
+
+
+def test_a_planted_cpu_mask_or_wait_is_caught(monkeypatch):
+    monkeypatch.setattr(script, "keep_largest", lambda s, _: torch.ones(s.shape, device="cpu"))
+    with pytest.raises((AssertionError, RuntimeError), match="cpu"):
+        hygiene("layer", False)
+    monkeypatch.undo()
+    monkeypatch.setattr(script, "gae", lambda rewards, *_: rewards * rewards.sum().item())
+    with pytest.raises(RuntimeError, match="item"):
+        hygiene("layer", False)
+
+
+def test_rollout_type_is_exported_for_reuse():
+    assert Rollout._fields[:3] == ("obs", "actions", "log_probs")

@@ -1,0 +1,237 @@
+"""The metrics against closed forms and a plain per-sample loop."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from plasticity_metrics import (
+    ObservationBuffer,
+    dormant_ratio,
+    dormant_scores,
+    effective_rank,
+    fisher_trace,
+)
+
+
+def test_scores_are_magnitudes_over_the_layers_mean():
+    activation = torch.tensor([[1.0, -2.0, 0.0, 5.0], [-3.0, 2.0, 0.0, 3.0]])
+    assert dormant_scores(activation).tolist() == [1.0, 1.0, 0.0, 2.0]  # means 2 2 0 4, mean 2
+
+
+def test_a_channel_is_one_neuron():
+    activation = torch.zeros(2, 3, 2, 2)
+    activation[:, 0] = torch.tensor([[4.0, -4.0], [0.0, 0.0]])  # mean magnitude 2
+    activation[1, 1, 1, 1] = 8.0  # 1
+    assert dormant_scores(activation).tolist() == [2.0, 1.0, 0.0]
+
+
+def test_neurons_that_are_not_alive_leave_the_mean():
+    activation = torch.tensor([[2.0, 4.0, 100.0]])
+    alive = torch.tensor([True, True, False])
+    assert dormant_scores(activation, alive)[:2].tolist() == pytest.approx([2 / 3, 4 / 3])
+
+
+def test_ratio_pools_the_neurons_of_all_layers():
+    one_of_two = torch.tensor([[0.0, 1.0]])
+    none_of_six = torch.ones(1, 6)
+    assert dormant_ratio([one_of_two, none_of_six]) == 1 / 8  # a mean of shares would be 1/4
+
+
+def test_a_score_of_tau_is_dormant():
+    activation = torch.tensor([[0.5, 1.5]])
+    assert dormant_ratio([activation], tau=0.5) == 0.5
+    assert dormant_ratio([activation], tau=0.49) == 0.0
+
+
+def test_a_silent_layer_is_dormant_as_a_whole():
+    assert dormant_ratio([torch.zeros(3, 4), torch.ones(3, 4)]) == 0.5
+
+
+def test_ratio_leaves_out_pruned_neurons():
+    activation = torch.tensor([[0.0, 0.0, 1.0]])
+    assert dormant_ratio([activation], alive=[torch.tensor([True, False, True])]) == 0.5
+
+
+@pytest.mark.parametrize(
+    "activations, alive",
+    [
+        ([], None),
+        ([torch.zeros(0, 3)], None),
+        ([torch.zeros(3)], None),
+        ([torch.tensor([[1.0, math.nan]])], None),
+        ([torch.ones(2, 3)], []),
+        ([torch.ones(2, 3)], [torch.ones(4, dtype=torch.bool)]),
+        ([torch.ones(2, 3)], [torch.ones(3)]),
+        ([torch.ones(2, 3)], [torch.zeros(3, dtype=torch.bool)]),
+    ],
+)
+def test_dormancy_refuses_what_it_cannot_measure(activations, alive):
+    with pytest.raises(ValueError):
+        dormant_ratio(activations, alive=alive)
+
+
+def with_singular_values(values, n=50, d=30):
+    u = torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(d, len(values), dtype=torch.float64)).Q
+    return (u * torch.tensor(values, dtype=torch.float64)) @ v.T
+
+
+def test_effective_rank_of_known_singular_values():
+    torch.manual_seed(0)
+    assert effective_rank(with_singular_values([70.0, 29.5, 0.3, 0.2])) == 2  # 99.5 % >= 99 %
+    assert effective_rank(with_singular_values([70.0, 28.5, 1.0, 0.5])) == 3
+    assert effective_rank(with_singular_values([70.0, 29.5, 0.3, 0.2]), delta=0.5) == 1
+    assert effective_rank(torch.eye(100)) == 99
+    assert effective_rank(torch.eye(100), delta=0) == 100
+    assert effective_rank(torch.ones(8, 5)) == 1
+    assert effective_rank(torch.zeros(8, 5)) == 0
+
+
+@pytest.mark.parametrize(
+    "features, delta",
+    [
+        (torch.zeros(0, 3), 0.01),
+        (torch.ones(3), 0.01),
+        (torch.tensor([[math.inf, 1.0]]), 0.01),
+        (torch.ones(2, 2), 1.0),
+    ],
+)
+def test_effective_rank_refuses_what_it_cannot_measure(features, delta):
+    with pytest.raises(ValueError):
+        effective_rank(features, delta)
+
+
+class Policy(nn.Module):
+    """Convolutions (one grouped), a linear layer and a layer with a weight per task."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 2)
+        self.grouped = nn.Conv2d(4, 6, 2, padding=1, stride=2, groups=2, bias=False)
+        self.hidden = nn.Linear(24, 5)
+        self.heads = Heads(3, 5, 4)
+
+    def forward(self, obs):  # (task, batch, 2, 4, 4)
+        x = torch.relu(self.conv(obs.flatten(0, 1)))
+        x = torch.tanh(self.grouped(x)).flatten(1)
+        return self.heads(torch.tanh(self.hidden(x)).view(3, -1, 5))
+
+
+class Heads(nn.Module):
+    def __init__(self, tasks, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tasks, outputs, inputs))
+        self.bias = nn.Parameter(torch.randn(tasks, 1, outputs))
+
+    def forward(self, x):
+        return x @ self.weight.mT + self.bias
+
+
+def plain_fisher_trace(model, obs, masks):
+    """Every gradient of every sample and action, one after the other."""
+    total = 0.0
+    for task in range(obs.shape[0]):
+        for i in range(obs.shape[1]):
+            log_probs = torch.log_softmax(model(obs), -1)[task, i]
+            for log_prob in log_probs:
+                model.zero_grad()
+                log_prob.backward(retain_graph=True)
+                for name, p in model.named_parameters():
+                    mask = masks.get(name.removesuffix(".weight"), 1.0)
+                    total += log_prob.exp().item() * (p.grad * mask).square().sum().item()
+    return total / obs.shape[:2].numel()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fisher_trace_is_that_of_a_plain_loop(masked):
+    torch.manual_seed(0)
+    model, obs = Policy(), torch.randn(3, 5, 2, 4, 4)
+    masks = {}
+    if masked:
+        layers = model.named_children()
+        masks = {n: (torch.rand_like(layer.weight) > 0.5).float() for n, layer in layers}
+    trace = fisher_trace(model, lambda: torch.log_softmax(model(obs), -1), masks)
+    assert trace == pytest.approx(plain_fisher_trace(model, obs, masks), rel=1e-5)
+
+
+def test_fisher_trace_of_a_linear_softmax_policy():
+    # grad log pi(a|s) = (e_a - pi) x^T, so the trace is E (1 - |pi|^2) (|x|^2 + 1)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(40, 6)
+    pi = model(x).softmax(-1)
+    expected = ((1 - pi.square().sum(1)) * (x.square().sum(1) + 1)).mean().item()
+    assert fisher_trace(model, lambda: model(x).log_softmax(-1)) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_fisher_trace_is_not_the_norm_of_the_mean_gradient():
+    # Opposite inputs: the mean gradient of each action vanishes, the trace does not.
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    x = torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
+    assert fisher_trace(nn.Sequential(model), lambda: model(x).log_softmax(-1)) == pytest.approx(
+        12.5
+    )
+
+
+def test_fisher_trace_refuses_what_it_cannot_measure():
+    x = torch.randn(4, 3)
+    for model in (
+        nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),  # a layer it does not know
+        nn.Sequential(nn.Tanh()),  # no parameters
+    ):
+        with pytest.raises(ValueError):
+            fisher_trace(model, lambda model=model: model(x).log_softmax(-1))
+    linear = nn.Linear(3, 3)
+    shared = nn.Sequential(linear, linear)  # called twice
+    unused = nn.ModuleList([linear, nn.Linear(3, 3)])
+    one_row = nn.Sequential(nn.Linear(3, 3))  # one row serves four samples
+    for model, policy in (
+        (shared, lambda: shared(x)),
+        (unused, lambda: linear(x)),
+        (one_row, lambda: one_row(x[:1]).expand(4, 3)),
+        (linear, lambda: linear(x * math.nan)),
+        (linear, lambda: linear(x[:0])),
+    ):
+        with pytest.raises(ValueError):
+            fisher_trace(model, lambda policy=policy: policy().log_softmax(-1))
+
+
+def test_fisher_trace_of_the_whole_actor_fits_in_a_gigabyte():
+    code = """
+import resource, torch
+from mtppo_gmp import MultiHeadNetwork
+from plasticity_metrics import fisher_trace
+actor = MultiHeadNetwork((7, 7, 3), 5, 7, False)
+obs = torch.randint(0, 11, (5, 205, 7, 7, 3), dtype=torch.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fisher_trace(actor, lambda: actor(obs).log_softmax(-1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(grown.stdout) * 1024 < 2**30
+
+
+def test_buffer_keeps_the_latest_of_each_task():
+    buffer = ObservationBuffer(11, 2, (1,), torch.int64, "cpu")  # 5 per task
+    with pytest.raises(ValueError):
+        buffer.sample(3)
+    for i in range(3):
+        buffer.add(torch.tensor([[i], [100 + i]]))
+    assert set(buffer.sample(200)[0].flatten().tolist()) == {0, 1, 2}
+    for i in range(3, 12):
+        buffer.add(torch.tensor([[i], [100 + i]]))
+    sample = buffer.sample(200)
+    assert sample.shape == (2, 200, 1)
+    assert set(sample[0].flatten().tolist()) == {7, 8, 9, 10, 11}
+    assert set(sample[1].flatten().tolist()) == {107, 108, 109, 110, 111}
+
+
+def test_buffer_refuses_a_capacity_below_one_per_task():
+    with pytest.raises(ValueError):
+        ObservationBuffer(2, 3, (1,), torch.int64, "cpu")

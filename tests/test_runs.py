@@ -1,0 +1,321 @@
+"""Whole runs as a user starts them: logs, checkpoints, kills, bad input."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mtppo_gmp as script
+from mtppo_gmp import Args
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(
+    benchmark="MT3",
+    total_timesteps=600,
+    num_steps=50,
+    minibatch_size=20,
+    update_epochs=1,
+    prune_frequency=25,
+    eval_frequency=200,
+    eval_episodes=1,
+    plasticity_frequency=100,
+    plasticity_batch_size=60,
+    plasticity_buffer_size=300,
+    checkpoint_frequency=100,
+    num_threads=1,
+)
+EVERY_ARM = dict(
+    weight_decay=1e-6, layer_norm=True, redo_frequency=75, reset_frequency=120, pcgrad=True
+)
+
+
+def run(run_dir, **changes):
+    script.train(Args(**TINY | changes, run_dir=str(run_dir)))
+    return checkpoint(run_dir), scalars(run_dir)
+
+
+def command(**flags):
+    """The command line of a run with these flags."""
+    words = [sys.executable, "mtppo_gmp.py"]
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def scalars(run_dir):
+    """tag -> [(step, value)] of all that must be the same in two equal runs."""
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in log.Tags()["scalars"] if not tag.startswith("time/")]
+    return {
+        tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in tags if tag != "charts/SPS"
+    }
+
+
+def assert_same(a, b):
+    """Equal to the bit: networks, masks, optimisers, observations."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"args", "seconds"}:
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run with every arm that was never stopped: its checkpoint and scalars."""
+    return run(tmp_path_factory.mktemp("whole"), **EVERY_ARM)
+
+
+def test_two_runs_with_one_seed_are_equal_to_the_bit(whole_run, tmp_path):
+    state, logged = run(tmp_path, **EVERY_ARM)
+    assert_same(state, whole_run[0])
+    assert logged == whole_run[1]
+
+
+def test_another_seed_is_another_run(whole_run, tmp_path):
+    state, _ = run(tmp_path, **EVERY_ARM, seed=2)
+    weight = "conv1.weight"
+    assert not torch.equal(
+        state["networks"]["actor"][weight], whole_run[0]["networks"]["actor"][weight]
+    )
+
+
+def test_evaluation_and_metrics_do_not_disturb_training(whole_run, tmp_path):
+    state, _ = run(tmp_path, **EVERY_ARM | dict(eval_frequency=600, plasticity_frequency=600))
+    assert_same(state["networks"], whole_run[0]["networks"])
+
+
+def test_every_promised_tag_is_logged(whole_run):
+    tasks = ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
+    layers = ("conv1", "conv2", "conv3", "head_hidden", "head_output")
+    names = "policy_loss value_loss entropy approx_kl clipfrac explained_variance".split()
+    tags = {f"losses/{name}" for name in names} | {"eval/normalized_return"}
+    for name in ("normalized_return", "episodic_return", "episodic_length"):
+        tags |= {f"eval/{name}/{task}" for task in tasks}
+    for network in ("actor", "critic"):
+        tags |= {f"plasticity/{network}_dormant_ratio", f"plasticity/{network}_effective_rank"}
+        tags |= {f"sparsity/{network}"} | {f"sparsity/{network}/{layer}" for layer in layers}
+    tags |= {"plasticity/fisher_trace"}
+    logged = whole_run[1]
+    charts = {tag for tag in logged if tag.startswith("charts/")}
+    assert logged.keys() - charts == tags
+    allowed = {f"charts/{n}/{t}" for n in ("normalized_return", "episodic_length") for t in tasks}
+    assert charts and charts <= allowed
+    assert [step for step, _ in logged["eval/normalized_return"]] == [200, 400, 600]
+    assert [step for step, _ in logged["plasticity/fisher_trace"]] == list(range(100, 601, 100))
+    assert [step for step, _ in logged["losses/entropy"]] == list(range(50, 601, 50))
+    sparsity = [value for _, value in logged["sparsity/actor"]]
+    assert sparsity == sorted(sparsity) and sparsity[-1] == pytest.approx(0.95, abs=1e-3)
+
+
+def test_times_and_arguments_are_logged(tmp_path):
+    run(tmp_path, total_timesteps=50)
+    log = EventAccumulator(str(tmp_path)).Reload()
+    for what in ("env", "inference", "update", "sparsify", "metrics", "eval"):
+        assert log.Scalars(f"time/{what}")[0].value > 0
+    assert log.Scalars("charts/SPS")[0].value > 0
+    text = log.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert all(f"|{field.name}|" in text for field in fields(Args))
+
+
+def test_the_masks_of_a_dense_run_are_none(tmp_path):
+    state, logged = run(tmp_path, sparsity=0, total_timesteps=100)
+    assert state["masks"] == {"actor": {}, "critic": {}}
+    assert [value for _, value in logged["sparsity/critic"]] == [0.0, 0.0]
+
+
+def test_custom_tasks_are_scored_by_raw_return(tmp_path, capsys):
+    state, logged = run(tmp_path, env_ids=("MiniGrid-Empty-5x5-v0",), total_timesteps=100)
+    assert logged["eval/normalized_return/Empty-5x5"] == logged["eval/episodic_return/Empty-5x5"]
+    assert "Empty-5x5" in capsys.readouterr().out
+
+
+def wait_for(run_dir, timestep, process):
+    """Until the run has saved a checkpoint of at least this timestep."""
+    path = Path(run_dir) / "checkpoint.pt"
+    while not path.exists() or checkpoint(run_dir)["timestep"] < timestep:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+def test_kill_9_at_any_moment_then_resume_gives_the_same_run(whole_run, tmp_path):
+    run_dir = tmp_path / "killed"
+    first = command(**TINY | EVERY_ARM, run_dir=run_dir)
+    for delay, at, start in ((0.0, 0, first), (0.3, 100, None), (0.1, 300, None)):
+        start = start or command(resume=run_dir)
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with subprocess.Popen(start, cwd=ROOT, **pipes) as process:
+            wait_for(run_dir, at, process)
+            time.sleep(delay)
+            process.kill()
+    subprocess.run(command(resume=run_dir), cwd=ROOT, check=True, capture_output=True)
+    assert_same(checkpoint(run_dir), whole_run[0])
+    assert scalars(run_dir) == whole_run[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_run_in_good_order(number, tmp_path, whole_run):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = command(**TINY | EVERY_ARM, run_dir=tmp_path)
+    with subprocess.Popen(start, cwd=ROOT, **pipes) as process:
+        wait_for(tmp_path, 100, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    stopped = int(re.fullmatch(r"stopped at timestep (\d+), .*--resume \S+\n", out)[1])
+    assert checkpoint(tmp_path)["timestep"] == stopped < 600
+    assert scalars(tmp_path)["losses/entropy"][-1][0] == stopped
+    script.train(Args(resume=str(tmp_path)))
+    assert_same(checkpoint(tmp_path), whole_run[0])
+    assert scalars(tmp_path) == whole_run[1]
+
+
+def test_resuming_a_finished_run_prints_its_result_again(tmp_path, capsys):
+    run(tmp_path, total_timesteps=50)
+    first = capsys.readouterr().out
+    script.train(Args(resume=str(tmp_path)))
+    assert capsys.readouterr().out == first
+    assert re.search(r"^mean +\d\.\d{3} +\d\.\d{3} +\d+\.\d$", first, re.M)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    script.save_checkpoint(path, {"timestep": 1})
+
+    def full(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        script.save_checkpoint(path, {"timestep": 2})
+    assert checkpoint(tmp_path) == {"timestep": 1}
+
+
+BAD = {
+    "--sparsity 1.0: must be in [0, 1)": dict(sparsity=1.0),
+    "--sparsity -0.1: must be in [0, 1)": dict(sparsity=-0.1),
+    "--sparsity nan: must be in [0, 1)": dict(sparsity=float("nan")),
+    "--prune-start 0.8 --prune-end 0.8: must be 0 <= start < end <= 1": dict(prune_start=0.8),
+    "--prune-start 0.05 --prune-end 1.5: must be": dict(prune_end=1.5),
+    "--prune-start -0.1 --prune-end 0.8: must be": dict(prune_start=-0.1),
+    "--prune-frequency 0: must be at least 1": dict(prune_frequency=0),
+    "--eval-frequency 0: must be at least 1": dict(eval_frequency=0),
+    "--plasticity-frequency -5: must be": dict(plasticity_frequency=-5),
+    "--checkpoint-frequency 0: must be": dict(checkpoint_frequency=0),
+    "--redo-frequency -1: must be >= 0": dict(redo_frequency=-1),
+    "--reset-frequency -1: must be >= 0": dict(reset_frequency=-1),
+    "--eval-episodes 0: must be": dict(eval_episodes=0),
+    "--minibatch-size 0: must be": dict(minibatch_size=0),
+    "--update-epochs 0: must be": dict(update_epochs=0),
+    "--num-steps 0: must be": dict(num_steps=0),
+    "--seed -1: must be": dict(seed=-1),
+    "--actor-lr 0.0: must be positive": dict(actor_lr=0.0),
+    "--critic-lr inf: must be positive and finite": dict(critic_lr=float("inf")),
+    "--gamma 1.5: must be in [0, 1]": dict(gamma=1.5),
+    "--srank-delta 1.0: must be in [0, 1)": dict(srank_delta=1.0),
+    "--weight-decay -1.0: must be": dict(weight_decay=-1.0),
+    "--total-timesteps 1999: must be at least one iteration (--num-steps 2000)": dict(
+        total_timesteps=1999
+    ),
+    "--plasticity-buffer-size 4: must be at least one observation per task (5)": dict(
+        plasticity_buffer_size=4
+    ),
+    "--env-ids MiniGrid-DoorKey-6x6: must be a registered MiniGrid task, like MiniGrid-DoorKey": (
+        dict(env_ids=("MiniGrid-DoorKey-6x6",))
+    ),
+    "--env-ids CartPole-v1: must be a registered MiniGrid task": dict(env_ids=("CartPole-v1",)),
+    "must name each task once": dict(env_ids=("MiniGrid-Empty-5x5-v0",) * 2),
+    "--device cuda: there is no CUDA device": dict(device="cuda"),
+}
+
+
+def one_line_of_error(args, capsys):
+    """What train prints on standard error as it ends with exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        script.train(args)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_ends_before_anything_is_made(message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "make_env", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert message in one_line_of_error(Args(**BAD[message]), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tasks_with_other_spaces_are_refused(capsys, tmp_path):
+    ids = ("MiniGrid-Empty-5x5-v0", "MiniGrid-Dynamic-Obstacles-5x5-v0")
+    args = Args(env_ids=ids, run_dir=str(tmp_path / "run"))
+    err = one_line_of_error(args, capsys)
+    assert "MiniGrid-Dynamic-Obstacles-5x5-v0: action_space Discrete(3) must equal" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_is_refused(capsys, tmp_path):
+    run(tmp_path, total_timesteps=50)
+    capsys.readouterr()
+    err = one_line_of_error(Args(**TINY, run_dir=str(tmp_path)), capsys)
+    assert "already holds a run" in err
+
+
+def test_what_cannot_be_resumed_is_refused(capsys, tmp_path):
+    resume = Args(resume=str(tmp_path))
+    assert "holds no checkpoint.pt" in one_line_of_error(resume, capsys)
+    run(tmp_path, total_timesteps=50)
+    capsys.readouterr()
+    both = Args(resume=str(tmp_path), seed=7)
+    assert "must stand alone" in one_line_of_error(both, capsys)
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    for part in (content[: len(content) // 2], content[:10], b"", b"no checkpoint at all"):
+        path.write_bytes(part)
+        assert "checkpoint.pt is damaged" in one_line_of_error(resume, capsys)
+    for other in ({"script": "mtppo_set"}, {"weights": 1}, [1, 2]):
+        torch.save(other, path)
+        assert "must be one of this script" in one_line_of_error(resume, capsys)
+
+
+def test_the_command_line(tmp_path):
+    """As a process: one line and exit code 2; help that names every flag."""
+    ended = subprocess.run(
+        command(sparsity=1, run_dir=tmp_path), cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "error: --sparsity 1.0: must be in [0, 1)\n" and ended.stdout == ""
+    with pytest.raises(SystemExit) as unknown:
+        tyro.cli(Args, args=["--benchmark", "MT4"], console_outputs=False)
+    assert unknown.value.code == 2
+    source = Path(script.__file__).read_text()
+    documented = re.findall(r"^    (\w+): .* = .*\n    \"\"\"[^\n]+\"\"\"$", source, re.M)
+    assert documented == [field.name for field in fields(Args)]
+
+
+def test_flags_reach_the_run(tmp_path):
+    words = "--env-ids MiniGrid-Empty-5x5-v0 MiniGrid-Empty-6x6-v0 --layer-norm --pcgrad"
+    args = tyro.cli(Args, args=words.split())
+    assert args.env_ids == ("MiniGrid-Empty-5x5-v0", "MiniGrid-Empty-6x6-v0")
+    assert args.layer_norm and args.pcgrad and not Args().layer_norm
+    assert os.fspath(script.Path(script.__file__).name) == "mtppo_gmp.py"
