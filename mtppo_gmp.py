@@ -19,7 +19,6 @@ MOORE, arXiv 2311.11385). Tensors are (task, batch, ...) throughout.
     python mtppo_gmp.py --benchmark MT5 --seed 1
 """
 
-import difflib
 import math
 import os
 import pickle
@@ -40,6 +39,7 @@ import torch.nn.functional as F
 import tyro
 from minigrid.wrappers import ImgObsWrapper
 from torch import Tensor
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -153,42 +153,44 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+COUNTS = """num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size eval_episodes
+eval_frequency plasticity_frequency plasticity_batch_size checkpoint_frequency prune_frequency"""
+NATURALS = "seed num_threads redo_frequency reset_frequency max_resets"
+BATCH = "at least one observation per task"
+WINDOW = "0 <= start < end <= 1 (--prune-end {prune_end})"
+ITERATION = "at least one iteration (--num-steps {num_steps})"
+TASKS = "registered MiniGrid tasks (like MiniGrid-DoorKey-6x6-v0), each named once"
+
+# Flags, what they may be given all arguments, and the same in words
+LIMITS = [
+    (COUNTS, lambda x, args: x >= 1, "at least 1"),
+    (NATURALS, lambda x, args: x >= 0, "at least 0"),
+    ("actor_lr critic_lr clip_coef", lambda x, args: 0 < x < math.inf, "positive and finite"),
+    ("ent_coef weight_decay", lambda x, args: 0 <= x < math.inf, "at least 0 and finite"),
+    ("dormant_tau redo_tau", lambda x, args: 0 <= x < math.inf, "at least 0 and finite"),
+    ("gamma gae_lambda", lambda x, args: 0 <= x <= 1, "in [0, 1]"),
+    ("sparsity srank_delta", lambda x, args: 0 <= x < 1, "in [0, 1)"),
+    ("prune_start", lambda x, args: 0 <= x < args.prune_end <= 1, WINDOW),
+    ("total_timesteps", lambda x, args: x >= args.num_steps, ITERATION),
+    ("env_ids", lambda ids, args: len({*ids} & {*minigrid_ids()}) == len(ids), TASKS),
+    ("plasticity_buffer_size", lambda x, args: x >= len(task_ids(args)), BATCH),
+    (
+        "device",
+        lambda x, args: x != "cuda" or torch.cuda.is_available(),
+        "cpu or auto: no CUDA here",
+    ),
+]
+
+
 def check_args(args: Args) -> None:
     """Refuse values that no run can have, before anything is made."""
-
-    def require(names, allowed, what):
+    for names, allowed, what in LIMITS:
         for name in names.split():
-            if not allowed(getattr(args, name)):
+            value = getattr(args, name)
+            if not allowed(value, args):
                 flag = "--" + name.replace("_", "-")
-                fail(f"{flag} {getattr(args, name)}: must be {what}")
-
-    counts = "num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size "
-    counts += "prune_frequency eval_frequency eval_episodes plasticity_frequency "
-    counts += "plasticity_batch_size checkpoint_frequency"
-    require(counts, lambda x: x >= 1, "at least 1")
-    require("seed redo_frequency reset_frequency max_resets num_threads", lambda x: x >= 0, ">= 0")
-    require("actor_lr critic_lr clip_coef", lambda x: 0 < x < math.inf, "positive and finite")
-    finite = "non-negative and finite"
-    require("ent_coef weight_decay dormant_tau redo_tau", lambda x: 0 <= x < math.inf, finite)
-    require("gamma gae_lambda", lambda x: 0 <= x <= 1, "in [0, 1]")
-    require("sparsity srank_delta", lambda x: 0 <= x < 1, "in [0, 1)")
-    iteration = f"at least one iteration (--num-steps {args.num_steps})"
-    require("total_timesteps", lambda x: x >= args.num_steps, iteration)
-    known = [env_id for env_id in gym.registry if env_id.startswith("MiniGrid-")]
-    for env_id in args.env_ids:
-        if env_id not in known:
-            near = difflib.get_close_matches(env_id, known) or known[:3]
-            fail(f"--env-ids {env_id}: must be a registered MiniGrid task, like {', '.join(near)}")
-    if len(set(args.env_ids)) < len(args.env_ids):
-        fail(f"--env-ids {' '.join(args.env_ids)}: must name each task once")
-    num_tasks = len(task_ids(args))
-    room = f"at least one observation per task ({num_tasks})"
-    require("plasticity_buffer_size", lambda x: x >= num_tasks, room)
-    if not 0 <= args.prune_start < args.prune_end <= 1:
-        window = f"--prune-start {args.prune_start} --prune-end {args.prune_end}"
-        fail(f"{window}: must be 0 <= start < end <= 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no CUDA device here, must be cpu or auto")
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                fail(f"{flag} {shown}: must be {what.format(**vars(args))}")
 
 
 # Tasks and environments
@@ -207,6 +209,11 @@ BEST_RETURN = {
     "SimpleCrossingS9N2": 1 - 0.9 * 15 / 324,
     "MultiRoom-N2-S4": 1 - 0.9 * 5 / 40,
 }
+
+
+def minigrid_ids() -> list[str]:
+    """Every registered MiniGrid task."""
+    return [env_id for env_id in gym.registry if env_id.startswith("MiniGrid-")]
 
 
 def task_ids(args: Args) -> list[str]:
@@ -286,11 +293,14 @@ class MultiHeadNetwork(nn.Module):
         self.head_hidden = BatchedLinear(num_tasks, (height - 3) * (width - 3) * 64, 128)
         self.head_output = BatchedLinear(num_tasks, 128, num_outputs)
         self.layer_norm = layer_norm
-        self.masks = {}  # layer name -> zeros and ones in its weight's shape; empty: dense
+        # Each layer, in order, and how many layers of one shape it batches
+        self.layers = dict(conv1=1, conv2=1, conv3=1, head_hidden=num_tasks, head_output=num_tasks)
+        self.masks = {}  # layer -> zeros and ones in its weight's shape; empty: dense
 
-    def activations(self, obs: Tensor) -> list[Tensor]:
-        """obs (task, batch, h, w, c) -> the output of each layer: three convolutions' (N, C, h',
-        w') with N = task * batch, the heads' (task, batch, 128) and (task, batch, output)."""
+    def activations(self, obs: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """obs (task, batch, h, w, c) -> what each hidden layer puts out, the convolutions' (N, C,
+        h', w') with N = task * batch and the heads' (task, batch, 128); the shared features (task,
+        batch, D); the output (task, batch, output)."""
 
         def normalise(x, axes):
             return F.layer_norm(x, x.shape[-axes:]) if self.layer_norm else x
@@ -301,7 +311,7 @@ class MultiHeadNetwork(nn.Module):
         conv3 = F.tanh(normalise(self.conv3(conv2), 3))
         features = conv3.permute(0, 2, 3, 1).reshape(*obs.shape[:2], -1)  # place by place
         hidden = F.tanh(normalise(self.head_hidden(features), 1))
-        return [conv1, conv2, conv3, hidden, self.head_output(hidden)]
+        return [conv1, conv2, conv3, hidden], features, self.head_output(hidden)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.activations(obs)[-1]
@@ -324,9 +334,8 @@ def gmp_sparsity(progress: float, start: float, end: float, final: float) -> flo
     return final * (1 - (1 - done) ** 3)
 
 
-def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
-    """scores (rows, n) -> mask of the same shape with round(sparsity * n) zeros in each row."""
-    keep = scores.shape[1] - round(sparsity * scores.shape[1])
+def keep_largest(scores: Tensor, keep: int) -> Tensor:
+    """scores (rows, n) -> mask of the same shape with exactly keep ones in each row."""
     kept = scores.topk(keep, dim=1, sorted=False).indices
     return torch.zeros_like(scores).scatter_(1, kept, 1.0)
 
@@ -338,17 +347,17 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     scope "layer" ranks within each layer, and each task's head apart; "global" ranks over the
     whole network. What was pruned ranks last, so that it never comes back.
     """
-    weights = {name: layer.weight for name, layer in network.named_children()}
+    weights = {name: network.get_submodule(name).weight for name in network.layers}
     scores = {name: w.abs() for name, w in weights.items()}
     for name, mask in network.masks.items():
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
     if scope == "global":
-        row = torch.cat([s.flatten() for s in scores.values()])
-        sizes = [s.numel() for s in scores.values()]
-        masks = keep_largest(row[None], sparsity)[0].split(sizes)
+        rows = [torch.cat([s.flatten() for s in scores.values()])[None]]
     else:
-        rows = [s.flatten(1) if s.dim() == 3 else s.flatten()[None] for s in scores.values()]
-        masks = [keep_largest(row, sparsity) for row in rows]
+        rows = [s.view(network.layers[name], -1) for name, s in scores.items()]
+    masks = [keep_largest(row, row.shape[1] - round(sparsity * row.shape[1])) for row in rows]
+    if scope == "global":
+        masks = masks[0][0].split([w.numel() for w in weights.values()])
     for (name, w), mask in zip(weights.items(), masks, strict=True):
         network.masks[name] = mask.view_as(w)
     apply_masks(network)
@@ -363,18 +372,17 @@ def apply_masks(network: nn.Module) -> None:
 
 def alive_neurons(network: nn.Module) -> list[Tensor]:
     """Which neurons of each hidden layer have an unmasked incoming weight: (C,) or (task, H)."""
-    *hidden, _ = network.named_children()
-    masks = [network.masks.get(name, torch.ones_like(layer.weight)) for name, layer in hidden]
+    *hidden, _ = ((name, network.get_submodule(name).weight) for name in network.layers)
+    masks = [network.masks.get(name, torch.ones_like(weight)) for name, weight in hidden]
     return [m.any(-1) if m.dim() == 3 else m.flatten(1).any(-1) for m in masks]
 
 
 def measure_sparsity(network: nn.Module) -> dict[str, float]:
-    """Share of weights that are exactly zero: "/<layer>" in each layer, "" in all together."""
-    weights = {f"/{name}": layer.weight for name, layer in network.named_children()}
-    zeros = torch.stack([(w == 0).sum() for w in weights.values()]).tolist()
-    sizes = [w.numel() for w in weights.values()]
-    shares = {name: z / n for name, z, n in zip(weights, zeros, sizes, strict=True)}
-    return {"": sum(zeros) / sum(sizes), **shares}
+    """Share of masked weights: "/<layer>" in each layer, "" in all of them together."""
+    sizes = {name: network.get_submodule(name).weight.numel() for name in network.layers}
+    masked = {name: (mask == 0).sum().item() for name, mask in network.masks.items()}
+    shares = {f"/{name}": masked.get(name, 0) / size for name, size in sizes.items()}
+    return {"": sum(masked.values()) / sum(sizes.values()), **shares}
 
 
 # Comparison arms: ReDo, Reset, PCGrad
@@ -394,8 +402,8 @@ def redo(network: nn.Module, optimizer, obs: Tensor, tau: float) -> None:
             if parameter in optimizer.state:
                 optimizer.state[parameter][moment].masked_fill_(where, 0.0)
 
-    layers = list(network.children())
-    *hidden, _ = network.activations(obs)
+    layers = [network.get_submodule(name) for name in network.layers]
+    hidden, _, _ = network.activations(obs)
     alive = alive_neurons(network)
     for layer, following, h, a in zip(layers[:-1], layers[1:], hidden, alive, strict=True):
         weight, bias = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
@@ -446,19 +454,17 @@ def backward(losses: Tensor, network: nn.Module, pcgrad: bool) -> None:
     """Gradients of the mean of losses (task,); with pcgrad the trunk's are projected first."""
     losses.mean().backward(retain_graph=pcgrad)
     if pcgrad:
-        trunk = [p for name, p in network.named_parameters() if name.startswith("conv")]
-        masks = [
-            network.masks.get(n.removesuffix(".weight"), 1.0)
-            for n, _ in network.named_parameters()
-            if n.startswith("conv")
-        ]
-        tasks = [torch.autograd.grad(loss, trunk, retain_graph=True) for loss in losses]
-        rows = [
-            torch.cat([(g * m).flatten() for g, m in zip(task, masks, strict=True)])
-            for task in tasks
-        ]
+        trunk = [layer for layer in network.layers if layer.startswith("conv")]
+        parameters = [p for layer in trunk for p in network.get_submodule(layer).parameters()]
+        # Pruned weights take no part: weight and bias of each layer in turn
+        masks = [m for layer in trunk for m in (network.masks.get(layer, 1.0), 1.0)]
+        rows = []
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+            masked = [(g * m).flatten() for g, m in zip(gradients, masks, strict=True)]
+            rows.append(torch.cat(masked))
         mean = project_conflicts(torch.stack(rows)).mean(0)
-        for p, part in zip(trunk, mean.split([p.numel() for p in trunk]), strict=True):
+        for p, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
 
@@ -486,11 +492,50 @@ def empty_rollout(num_tasks: int, num_steps: int, obs_shape, device) -> Rollout:
     return Rollout(obs, actions, log_probs, zeros(torch.float), zeros(bool), zeros(bool))
 
 
+def collect(envs, actor, rollout: Rollout, buffer, seeds: list[int], seconds: dict, after_step):
+    """Fill the rollout with fresh episodes, whose environments are seeded with seeds (task,).
+
+    after_step(n) is called when n steps of every task are done. Returns two lists for each task:
+    (step, observation) of every truncation and of the rollout's end, to bootstrap from, and
+    (return, length) of the episodes that ended.
+    """
+    num_tasks, num_steps = rollout.actions.shape
+    rewards = np.zeros((num_tasks, num_steps), np.float32)
+    terminated, done = np.zeros((2, num_tasks, num_steps), bool)
+    final, episodes = [[] for _ in seeds], [[] for _ in seeds]
+    episode_return, episode_length = np.zeros((2, num_tasks))
+    obs, _ = envs.reset(seed=seeds)
+    for step in range(num_steps):
+        with timed(seconds, "inference"), torch.no_grad():
+            obs_t = torch.as_tensor(obs, device=rollout.obs.device)[:, None]  # (task, 1, h, w, c)
+            actions, log_probs = act(actor, obs_t)
+            for field, value in zip(rollout, (obs_t, actions, log_probs), strict=False):
+                field[:, step : step + 1] = value
+            buffer.add(obs_t[:, 0])
+            actions = actions[:, 0].cpu().numpy()  # the loop's only wait for the device
+        with timed(seconds, "env"):
+            obs, reward, terminal, truncated, info = envs.step(actions)
+            rewards[:, step], terminated[:, step] = reward, terminal
+            done[:, step] = terminal | truncated
+            episode_return += reward
+            episode_length += 1
+            for i in done[:, step].nonzero()[0]:
+                episodes[i].append((episode_return[i], episode_length[i]))
+                episode_return[i] = episode_length[i] = 0
+            for i in truncated.nonzero()[0]:
+                final[i].append((step, info["final_obs"][i]))
+        after_step(step + 1)
+    for i in (~truncated).nonzero()[0]:
+        final[i].append((step, obs[i]))
+    for field, array in zip(rollout[3:], (rewards, terminated, done), strict=True):
+        field.copy_(torch.as_tensor(array))
+    return final, episodes
+
+
 def bootstrap_values(critic: nn.Module, values: Tensor, final: list[list]) -> Tensor:
     """Values of the observation after each step, from values (task, num_steps) of that before.
 
-    final: for each task, (step, observation) of every truncation and of the rollout's end, where
-    the next stored observation is another episode's.
+    final: collect's first list; there the next stored observation is another episode's.
     """
     width = max(len(task) for task in final)
     final = [task + [task[-1]] * (width - len(task)) for task in final]
@@ -515,6 +560,22 @@ def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda
         running = deltas[:, t] + decay[:, t] * running
         advantages[:, t] = running
     return advantages
+
+
+@torch.no_grad()
+def estimate_advantages(critic, rollout: Rollout, final: list[list], args: Args):
+    """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
+    parts = rollout.obs.split(args.minibatch_size, dim=1)  # to stay in the cache
+    values = torch.cat([critic(obs).squeeze(-1) for obs in parts], dim=1)
+    next_values = bootstrap_values(critic, values, final)
+    advantages = gae(
+        rollout.rewards, values, next_values, *rollout[4:], args.gamma, args.gae_lambda
+    )
+    returns = advantages + values
+    explained_variance = 1 - advantages.var() / returns.var()
+    advantages = advantages - advantages.mean(1, keepdim=True)
+    advantages /= advantages.std(1, correction=0, keepdim=True) + 1e-8
+    return advantages, returns, explained_variance
 
 
 def minibatches(num_tasks: int, num_steps: int, size: int, device):
@@ -607,12 +668,12 @@ def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) 
     metrics = {}
     for name, network in networks.items():
         with torch.no_grad():
-            *convs, hidden, _ = network.activations(obs)
+            (*convs, hidden), features, _ = network.activations(obs)
         *alive, alive_hidden = alive_neurons(network)
         metrics[f"{name}_dormant_ratio"] = dormant_ratio(
             [*convs, *hidden], args.dormant_tau, [*alive, *alive_hidden]
         )
-        metrics[f"{name}_effective_rank"] = effective_rank(convs[-1].flatten(1), args.srank_delta)
+        metrics[f"{name}_effective_rank"] = effective_rank(features.flatten(0, 1), args.srank_delta)
     actor = networks["actor"]
     metrics["fisher_trace"] = fisher_trace(
         actor, lambda: F.log_softmax(actor(obs), dim=-1), actor.masks
@@ -641,14 +702,15 @@ def load_checkpoint(run_dir: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        fail(f"--resume {run_dir}: checkpoint.pt is damaged ({str(error).splitlines()[0][:80]})")
+        fail(f"--resume {run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
         fail(f"--resume {run_dir}: checkpoint.pt is of another script, must be one of this script")
     return state
 
 
-def open_run(args: Args) -> tuple[Args, dict | None]:
-    """Check the arguments and make the run folder; or load a run's arguments and checkpoint."""
+def open_run(args: Args, name: str) -> tuple[Args, dict | None]:
+    """Check the arguments and make the run folder, by default runs/<name>__<script>__...; or load
+    a run's own arguments and its checkpoint."""
     if args.resume is not None:
         if args != Args(resume=args.resume):
             fail(f"--resume {args.resume}: goes on with the run's own flags, must stand alone")
@@ -657,7 +719,6 @@ def open_run(args: Args) -> tuple[Args, dict | None]:
         check_args(args)
         return args, checkpoint
     check_args(args)
-    name = "custom" if args.env_ids else args.benchmark
     default = f"runs/{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or default)
     if any(run_dir.glob("checkpoint.pt")) or any(run_dir.glob("events.out.tfevents.*")):
@@ -667,6 +728,28 @@ def open_run(args: Args) -> tuple[Args, dict | None]:
     except OSError as error:
         fail(f"--run-dir {run_dir}: must be a folder that can be written ({error.strerror})")
     return replace(args, run_dir=str(run_dir)), None
+
+
+def open_log(args: Args, timestep: int) -> SummaryWriter:
+    """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
+    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1 if timestep else None)
+    if timestep == 0:
+        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
+    return writer
+
+
+def stop_on_signals() -> list[int]:
+    """A list that SIGINT and SIGTERM fill, to end in good order; a second one ends at once."""
+    stop = []
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return stop
 
 
 @contextmanager
@@ -691,7 +774,7 @@ def print_summary(tasks: list[str], evaluation: dict, seconds: dict[str, float])
 
 def train(args: Args) -> None:
     """Train, evaluate and measure one run."""
-    args, checkpoint = open_run(args)
+    args, checkpoint = open_run(args, "custom" if args.env_ids else args.benchmark)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     use_cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -708,12 +791,10 @@ def train(args: Args) -> None:
     actor = MultiHeadNetwork(obs_shape, num_tasks, num_actions, args.layer_norm).to(device)
     critic = MultiHeadNetwork(obs_shape, num_tasks, 1, args.layer_norm).to(device)
     networks = {"actor": actor, "critic": critic}
-    rates = {"actor": args.actor_lr, "critic": args.critic_lr}
+    decay = args.weight_decay
     optimizers = {
-        name: torch.optim.Adam(
-            n.parameters(), rates[name], weight_decay=args.weight_decay, fused=True
-        )
-        for name, n in networks.items()
+        "actor": Adam(actor.parameters(), args.actor_lr, weight_decay=decay, fused=True),
+        "critic": Adam(critic.parameters(), args.critic_lr, weight_decay=decay, fused=True),
     }
     rollout = empty_rollout(num_tasks, args.num_steps, obs_shape, device)
     buffer = ObservationBuffer(
@@ -721,6 +802,7 @@ def train(args: Args) -> None:
     )
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
     seconds = dict.fromkeys(("env", "inference", "update", "sparsify", "metrics", "eval"), 0.0)
+    last_timestep = args.total_timesteps // args.num_steps * args.num_steps
     timestep, evaluation = 0, {}
     if checkpoint:
         for name, network in networks.items():
@@ -745,104 +827,47 @@ def train(args: Args) -> None:
         }
         save_checkpoint(Path(args.run_dir) / "checkpoint.pt", state)
 
-    # Log; on resume, readers drop what was logged after the checkpoint
-    if not checkpoint:
-        save()
-    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1 if checkpoint else None)
-    if not checkpoint:
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
-    last_timestep = args.total_timesteps // args.num_steps * args.num_steps
-    start_time, start_timestep, stop = time.perf_counter(), timestep, []
-
     def due(frequency):  # in the iteration that reaches a multiple of frequency, and in the last
         return timestep % frequency < args.num_steps or timestep == last_timestep
 
-    def on_signal(number, frame):  # ends the run in good order; a second one ends it at once
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def sparsify(steps):
+        now = timestep + steps
+        with timed(seconds, "sparsify"):
+            progress = now / args.total_timesteps
+            target = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
+            if target and now % args.prune_frequency == 0:
+                for network in networks.values():
+                    prune(network, target, args.prune_scope)
+            if args.redo_frequency and now % args.redo_frequency == 0:
+                sample = buffer.sample(metrics_size)
+                for name, network in networks.items():
+                    redo(network, optimizers[name], sample, args.redo_tau)
+            resets, rest = divmod(now, args.reset_frequency or math.inf)
+            if rest == 0 and resets <= args.max_resets:
+                for name, network in networks.items():
+                    reset_output(network, optimizers[name])
 
-    handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    if not checkpoint:
+        save()
+    writer = open_log(args, timestep)
+    stop, start_time, start_timestep = stop_on_signals(), time.perf_counter(), timestep
     bar = tqdm(total=last_timestep, initial=timestep, unit="timestep", disable=None)
 
     while timestep < last_timestep and not stop:
         # Collect fresh episodes
         torch_seed, *env_seeds = derive_seeds(args.seed, TRAINING, timestep, 1 + num_tasks)
         torch.manual_seed(torch_seed)
-        obs, _ = envs.reset(seed=env_seeds)
-        rewards, terminated, done = [], [], []
-        final = [[] for _ in tasks]  # (step, observation) to bootstrap from
-        episodes = [[] for _ in tasks]  # (return, length) of those that ended
-        episode_return, episode_length = np.zeros(num_tasks), np.zeros(num_tasks)
         torch.backends.mkldnn.enabled = False  # on the CPU, it slows a batch this small down
-        for step in range(args.num_steps):
-            with timed(seconds, "inference"), torch.no_grad():
-                obs_t = torch.as_tensor(obs, device=device)[:, None]  # (task, 1, h, w, c)
-                actions, log_probs = act(actor, obs_t)
-                for field, value in zip(rollout, (obs_t, actions, log_probs), strict=False):
-                    field[:, step : step + 1] = value
-                buffer.add(obs_t[:, 0])
-                actions = actions[:, 0].cpu().numpy()  # the loop's only wait for the device
-            with timed(seconds, "env"):
-                obs, reward, terminal, truncated, info = envs.step(actions)
-                rewards.append(reward)
-                terminated.append(terminal)
-                done.append(terminal | truncated)
-                episode_return += reward
-                episode_length += 1
-                for i in done[-1].nonzero()[0]:
-                    episodes[i].append((episode_return[i], episode_length[i]))
-                    episode_return[i] = episode_length[i] = 0
-                    if truncated[i]:
-                        final[i].append((step, info["final_obs"][i]))
-            timestep += 1
-            with timed(seconds, "sparsify"):
-                if args.sparsity and timestep % args.prune_frequency == 0:
-                    before, now = (
-                        gmp_sparsity(
-                            t / args.total_timesteps,
-                            args.prune_start,
-                            args.prune_end,
-                            args.sparsity,
-                        )
-                        for t in (timestep - args.prune_frequency, timestep)
-                    )
-                    if now > before:
-                        for network in networks.values():
-                            prune(network, now, args.prune_scope)
-                if args.redo_frequency and timestep % args.redo_frequency == 0:
-                    sample = buffer.sample(metrics_size)
-                    for name, network in networks.items():
-                        redo(network, optimizers[name], sample, args.redo_tau)
-                resets, rest = divmod(timestep, args.reset_frequency or math.inf)
-                if rest == 0 and resets <= args.max_resets:
-                    for name, network in networks.items():
-                        reset_output(network, optimizers[name])
+        final, episodes = collect(envs, actor, rollout, buffer, env_seeds, seconds, sparsify)
         torch.backends.mkldnn.enabled = True
-        for i in range(num_tasks):
-            if not truncated[i]:
-                final[i].append((step, obs[i]))
-
-        # Estimate advantages, standardised per task
-        with timed(seconds, "inference"), torch.no_grad():
-            for field, arrays in zip(rollout[3:], (rewards, terminated, done), strict=True):
-                field.copy_(torch.as_tensor(np.stack(arrays, axis=1)))
-            parts = rollout.obs.split(args.minibatch_size, dim=1)  # to stay in the cache
-            values = torch.cat([critic(obs).squeeze(-1) for obs in parts], dim=1)
-            next_values = bootstrap_values(critic, values, final)
-            advantages = gae(
-                rollout.rewards, values, next_values, *rollout[4:], args.gamma, args.gae_lambda
-            )
-            returns = advantages + values
-            explained_variance = 1 - (returns - values).var() / returns.var()
-            advantages -= advantages.mean(1, keepdim=True)
-            advantages /= advantages.std(1, correction=0, keepdim=True) + 1e-8
+        timestep += args.num_steps
 
         # Update
         with timed(seconds, "update"):
+            advantages, returns, variance = estimate_advantages(critic, rollout, final, args)
             value_loss = update_critic(critic, optimizers["critic"], rollout, returns, args)
             actor_stats = update_actor(actor, optimizers["actor"], rollout, advantages, args)
-            stats = torch.cat([value_loss, explained_variance.view(1), actor_stats]).tolist()
+            stats = torch.cat([value_loss, variance.view(1), actor_stats]).tolist()
         names = "value_loss explained_variance policy_loss entropy approx_kl clipfrac".split()
         scalars = {f"losses/{name}": value for name, value in zip(names, stats, strict=True)}
 
@@ -885,16 +910,12 @@ def train(args: Args) -> None:
             writer.flush()  # before the checkpoint, so that the log never lags behind it
             save()
         shown = [v for tag, v in scalars.items() if tag.startswith("charts/normalized_return")]
-        sparsity = f"{scalars['sparsity/actor']:.3f}"
-        bar.set_postfix(
-            {"return": f"{np.mean(shown or [0]):.3f}", "sparsity": sparsity, "SPS": f"{sps:.0f}"}
-        )
+        score, sparsity = np.mean(shown or [math.nan]), scalars["sparsity/actor"]
+        bar.set_postfix_str(f"return={score:.3f}, sparsity={sparsity:.3f}, SPS={sps:.0f}")
         bar.update(args.num_steps)
 
     bar.close()
     writer.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if timestep < last_timestep:
         print(f"stopped at timestep {timestep}, to go on: --resume {args.run_dir}")
     else:

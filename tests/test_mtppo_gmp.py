@@ -568,7 +568,7 @@ def test_metrics_see_each_head_on_its_own_task():
     networks["actor"].masks["head_hidden"][1, :10] = 0  # dead by its mask: not a neuron any more
     masked = script.measure_plasticity(networks, obs, args)["actor_dormant_ratio"]
     assert masked * (hidden_neurons - 10) == pytest.approx(base, abs=1e-3)
-    features = networks["actor"].activations(obs)[2].flatten(1)
+    features = networks["actor"].activations(obs)[1].flatten(0, 1)
     singular = np.linalg.svd(features.detach().double().numpy(), compute_uv=False)
     rank = int((np.cumsum(singular) / singular.sum() < 0.99).sum()) + 1
     assert after["actor_effective_rank"] == rank
