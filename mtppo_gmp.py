@@ -92,7 +92,7 @@ class Args:
 
     # Gradual magnitude pruning
     sparsity: float = 0.95
-    """final share of pruned weights (0: the dense baseline)"""
+    """share of pruned weights (0: the dense baseline)"""
     prune_start: float = 0.05
     """share of training after which pruning begins"""
     prune_end: float = 0.80
