@@ -578,10 +578,8 @@ def descend(loss: Tensor, network: nn.Module, optimizer, max_grad_norm: float) -
     optimizer.zero_grad()
     loss.backward(inputs=list(parameters.values()))
     # Pruned weights have a gradient (SET may grow by it), but take no part in its norm
-    active = [
-        p.grad * network.masks.get(name.removesuffix(".weight"), 1.0) if network.masks else p.grad
-        for name, p in parameters.items()
-    ]
+    masks = {f"{layer}.weight": mask for layer, mask in network.masks.items()}
+    active = [p.grad * masks[name] if name in masks else p.grad for name, p in parameters.items()]
     clip_grads_with_norm_(parameters.values(), max_grad_norm, get_total_norm(active))
     optimizer.step()
     apply_masks(network)
@@ -866,8 +864,8 @@ def train(args: Args) -> None:
         "critic": adam(networks["critic"].parameters(), args.critic_lr, weight_decay=decay),
         "alpha": adam([log_alpha], args.alpha_lr),
     }
-    sparse = {"actor": ["actor"], "critic": ["critic"], "both": ["actor", "critic"], "none": []}
-    sparse = {name: networks[name] for name in sparse[args.prune]}
+    chosen = {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
+    sparse = {name: networks[name] for name in chosen}
     densities = {}
     if args.sparsifier == "set":
         for name, network in sparse.items():
@@ -985,7 +983,7 @@ def train(args: Args) -> None:
                 torch.manual_seed(*derive_seeds(args.seed, METRICS, timestep, 1))
                 metrics = measure_networks(networks, buffer.sample(metrics_size), args)
             scalars |= {f"plasticity/{name}": value for name, value in metrics.items()}
-        if due(args.eval_frequency):
+        if due(args.eval_frequency):  # the critics are judged by the evaluation's episodes
             with timed(seconds, "eval"):
                 torch_seed, goal_seed = derive_seeds(args.seed, EVALUATION, timestep, 2)
                 torch.manual_seed(torch_seed)

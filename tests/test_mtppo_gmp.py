@@ -11,7 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import moe_sparse
+import moore_sparse
+import mtppo_gmp
 import mtppo_gmp as script
+import mtppo_set
 from mtppo_gmp import TRAINING, Args, BatchedLinear, MultiHeadNetwork, Rollout
 from plasticity_metrics import ObservationBuffer
 
@@ -141,8 +145,13 @@ def plain_advantages(value, task, num_steps, gamma, gae_lambda):
     return advantages
 
 
-@pytest.mark.parametrize("num_steps", [37, 18, 12, 7, 2])  # ends: running, truncated, terminated
-def test_no_transition_crosses_a_reset(monkeypatch, tmp_path, num_steps):
+@pytest.mark.parametrize(
+    "script, num_steps",
+    # the rollout ends in an episode, at a truncation, at a termination
+    [(mtppo_gmp, n) for n in (37, 18, 12, 7, 2)]
+    + [(other, 37) for other in (mtppo_set, moe_sparse, moore_sparse)],
+)
+def test_no_transition_crosses_a_reset(monkeypatch, tmp_path, script, num_steps):
     """train's rollout, bootstrap and advantages on scripted episodes, against the definition."""
     seen = {}
 
@@ -155,10 +164,11 @@ def test_no_transition_crosses_a_reset(monkeypatch, tmp_path, num_steps):
         return torch.zeros(4)
 
     monkeypatch.setattr(script, "make_env", Countdown)
-    monkeypatch.setattr(script, "update_critic", update_critic)
-    monkeypatch.setattr(script, "update_actor", update_actor)
+    prefix = "update" if script is mtppo_gmp else "fit"
+    monkeypatch.setattr(script, f"{prefix}_critic", update_critic)
+    monkeypatch.setattr(script, f"{prefix}_actor", update_actor)
     monkeypatch.setattr(script, "measure_plasticity", lambda *_: {})
-    args = Args(
+    args = script.Args(
         num_steps=num_steps,
         total_timesteps=num_steps,
         eval_episodes=1,

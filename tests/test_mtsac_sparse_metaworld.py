@@ -204,7 +204,10 @@ def test_update_follows_the_plain_gradients():
         qf_loss = qf_loss + ((q - targets) ** 2).sum() / 30
     qf_loss.backward()
     with torch.no_grad():
-        for parameter in old["critic"].parameters():
+        for parameter, new in zip(
+            old["critic"].parameters(), networks["critic"].parameters(), strict=True
+        ):
+            torch.testing.assert_close(new.grad, parameter.grad, rtol=1e-4, atol=1e-5)
             parameter -= 0.1 * parameter.grad
     actions, log_probs = script.draw_actions(*script.policy(old["actor"], batch.obs))
     twins = old["critic"](torch.cat([batch.obs, actions], -1))[..., 0]
@@ -275,11 +278,11 @@ def test_an_update_takes_little_more_than_its_matrix_products():
     actor, critic = layers(1, 49, 8), layers(2, 53, 1)
 
     def products():
-        for x, w, d in actor + actor + critic + critic + critic:  # forward: next_obs, obs
+        for x, w, _ in actor + actor + critic + critic + critic:  # forward: next_obs, obs
             x @ w
-        for x, w, d in actor + critic:  # gradients of weights
+        for x, _, d in actor + critic:  # gradients of weights
             d.mT @ x
-        for x, w, d in actor[1:] + critic[1:] + critic:  # gradients of inputs
+        for _, w, d in actor[1:] + critic[1:] + critic:  # gradients of inputs
             d @ w.mT
 
     fastest = {update: math.inf, products: math.inf}
@@ -654,7 +657,7 @@ def test_an_episode_follows_from_its_goal_and_actions_alone():
 TINY = dict(
     env_names="reach-v3",
     total_timesteps=1500,
-    learning_starts=850,
+    learning_starts=950,
     batch_size=4,
     buffer_size=1000,
     vectorization="sync",

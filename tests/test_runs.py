@@ -1,6 +1,5 @@
 """Whole runs as a user starts them: logs, checkpoints, kills, bad input."""
 
-import os
 import re
 import signal
 import subprocess
@@ -14,8 +13,10 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import mtppo_gmp as script
-from mtppo_gmp import Args
+import moe_sparse
+import moore_sparse
+import mtppo_gmp
+import mtppo_set
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -33,19 +34,31 @@ TINY = dict(
     checkpoint_frequency=100,
     num_threads=1,
 )
-EVERY_ARM = dict(
-    weight_decay=1e-6, layer_norm=True, redo_frequency=75, reset_frequency=120, pcgrad=True
-)
+COMMON_ARMS = dict(weight_decay=1e-6, layer_norm=True)
+SET = dict(set_frequency=75, set_regrow="gradient")
+SCRIPTS = {  # each with all of its arms at once
+    mtppo_gmp: COMMON_ARMS | dict(redo_frequency=75, reset_frequency=120, pcgrad=True),
+    mtppo_set: COMMON_ARMS | SET,
+    moe_sparse: COMMON_ARMS | dict(sparsifier="gmp"),
+    moore_sparse: COMMON_ARMS | SET | dict(sparsifier="set", orthogonal_mix=0.5),
+}
+on_every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
 
-def run(run_dir, **changes):
-    script.train(Args(**TINY | changes, run_dir=str(run_dir)))
+def flags_of(script, **changes):
+    """The flags of a tiny run of the script with all of its arms."""
+    known = {field.name for field in fields(script.Args)}
+    return {name: x for name, x in TINY.items() if name in known} | SCRIPTS[script] | changes
+
+
+def run(script, run_dir, **changes):
+    script.train(script.Args(**flags_of(script, **changes), run_dir=str(run_dir)))
     return checkpoint(run_dir), scalars(run_dir)
 
 
-def command(**flags):
+def command(script, **flags):
     """The command line of a run with these flags."""
-    words = [sys.executable, "mtppo_gmp.py"]
+    words = [sys.executable, f"{script.__name__}.py"]
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [flag, str(value)]
@@ -78,31 +91,31 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A run with every arm that was never stopped: its checkpoint and scalars."""
-    return run(tmp_path_factory.mktemp("whole"), **EVERY_ARM)
+def whole_runs(tmp_path_factory):
+    """For each script a run that was never stopped: its checkpoint and scalars."""
+    return {script: run(script, tmp_path_factory.mktemp(script.__name__)) for script in SCRIPTS}
 
 
-def test_two_runs_with_one_seed_are_equal_to_the_bit(whole_run, tmp_path):
-    state, logged = run(tmp_path, **EVERY_ARM)
-    assert_same(state, whole_run[0])
-    assert logged == whole_run[1]
+@on_every_script
+def test_two_runs_with_one_seed_are_equal_to_the_bit(script, whole_runs, tmp_path):
+    state, logged = run(script, tmp_path)
+    assert_same(state, whole_runs[script][0])
+    assert logged == whole_runs[script][1]
 
 
-def test_another_seed_is_another_run(whole_run, tmp_path):
-    state, _ = run(tmp_path, **EVERY_ARM, seed=2)
-    weight = "conv1.weight"
-    assert not torch.equal(
-        state["networks"]["actor"][weight], whole_run[0]["networks"]["actor"][weight]
-    )
+def test_another_seed_is_another_run(whole_runs, tmp_path):
+    state, _ = run(mtppo_gmp, tmp_path, seed=2, total_timesteps=100)
+    weights = [s["networks"]["actor"]["conv1.weight"] for s in (state, whole_runs[mtppo_gmp][0])]
+    assert not torch.equal(*weights)
 
 
-def test_evaluation_and_metrics_do_not_disturb_training(whole_run, tmp_path):
-    state, _ = run(tmp_path, **EVERY_ARM | dict(eval_frequency=600, plasticity_frequency=600))
-    assert_same(state["networks"], whole_run[0]["networks"])
+def test_evaluation_and_metrics_do_not_disturb_training(whole_runs, tmp_path):
+    state, _ = run(mtppo_gmp, tmp_path, eval_frequency=600, plasticity_frequency=600)
+    assert_same(state["networks"], whole_runs[mtppo_gmp][0]["networks"])
 
 
-def test_every_promised_tag_is_logged(whole_run):
+@on_every_script
+def test_every_promised_tag_is_logged(script, whole_runs):
     tasks = ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
     layers = ("conv1", "conv2", "conv3", "head_hidden", "head_output")
     names = "policy_loss value_loss entropy approx_kl clipfrac explained_variance".split()
@@ -113,7 +126,9 @@ def test_every_promised_tag_is_logged(whole_run):
         tags |= {f"plasticity/{network}_dormant_ratio", f"plasticity/{network}_effective_rank"}
         tags |= {f"sparsity/{network}"} | {f"sparsity/{network}/{layer}" for layer in layers}
     tags |= {"plasticity/fisher_trace"}
-    logged = whole_run[1]
+    if script in (moe_sparse, moore_sparse):
+        tags |= {f"routing/{task}/expert_{i}" for task in tasks for i in range(2)}
+    logged = whole_runs[script][1]
     charts = {tag for tag in logged if tag.startswith("charts/")}
     assert logged.keys() - charts == tags
     allowed = {f"charts/{n}/{t}" for n in ("normalized_return", "episodic_length") for t in tasks}
@@ -121,28 +136,38 @@ def test_every_promised_tag_is_logged(whole_run):
     assert [step for step, _ in logged["eval/normalized_return"]] == [200, 400, 600]
     assert [step for step, _ in logged["plasticity/fisher_trace"]] == list(range(100, 601, 100))
     assert [step for step, _ in logged["losses/entropy"]] == list(range(50, 601, 50))
-    sparsity = [value for _, value in logged["sparsity/actor"]]
-    assert sparsity == sorted(sparsity) and sparsity[-1] == pytest.approx(0.95, abs=1e-3)
+    sparsity = [value for _, value in logged["sparsity/actor/head_hidden"]]
+    if script in (mtppo_set, moore_sparse):  # constant; that of one head's 131072 weights
+        expected = script.erk_densities([(128, 1024), (7, 128)], 0.95)[0]
+        assert sparsity == pytest.approx([1 - expected] * 12, abs=1e-5)
+        assert {value for _, value in logged["sparsity/actor/conv1"]} == {0.0}
+    else:
+        assert sparsity == sorted(sparsity) and sparsity[-1] == pytest.approx(0.95, abs=1e-5)
 
 
 def test_times_and_arguments_are_logged(tmp_path):
-    run(tmp_path, total_timesteps=50)
+    run(mtppo_gmp, tmp_path, total_timesteps=50)
     log = EventAccumulator(str(tmp_path)).Reload()
     for what in ("env", "inference", "update", "sparsify", "metrics", "eval"):
         assert log.Scalars(f"time/{what}")[0].value > 0
     assert log.Scalars("charts/SPS")[0].value > 0
     text = log.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert all(f"|{field.name}|" in text for field in fields(Args))
+    assert all(f"|{field.name}|" in text for field in fields(mtppo_gmp.Args))
 
 
-def test_the_masks_of_a_dense_run_are_none(tmp_path):
-    state, logged = run(tmp_path, sparsity=0, total_timesteps=100)
+@on_every_script
+def test_the_masks_of_a_dense_run_are_none(script, tmp_path):
+    dense = dict(sparsity=0) if "sparsifier" not in SCRIPTS[script] else dict(sparsifier="none")
+    state, logged = run(script, tmp_path, total_timesteps=100, **dense)
     assert state["masks"] == {"actor": {}, "critic": {}}
     assert [value for _, value in logged["sparsity/critic"]] == [0.0, 0.0]
 
 
-def test_custom_tasks_are_scored_by_raw_return(tmp_path, capsys):
-    state, logged = run(tmp_path, env_ids=("MiniGrid-Empty-5x5-v0",), total_timesteps=100)
+@on_every_script
+def test_custom_tasks_are_scored_by_raw_return(script, tmp_path, capsys):
+    ids = ("MiniGrid-Empty-5x5-v0",)
+    experts = {} if script in (mtppo_gmp, mtppo_set) else dict(num_experts=2)
+    _, logged = run(script, tmp_path, env_ids=ids, total_timesteps=100, **experts)
     assert logged["eval/normalized_return/Empty-5x5"] == logged["eval/episodic_return/Empty-5x5"]
     assert "Empty-5x5" in capsys.readouterr().out
 
@@ -155,25 +180,27 @@ def wait_for(run_dir, timestep, process):
         time.sleep(0.02)
 
 
-def test_kill_9_at_any_moment_then_resume_gives_the_same_run(whole_run, tmp_path):
+@on_every_script
+def test_kill_9_at_any_moment_then_resume_gives_the_same_run(script, whole_runs, tmp_path):
     run_dir = tmp_path / "killed"
-    first = command(**TINY | EVERY_ARM, run_dir=run_dir)
-    for delay, at, start in ((0.0, 0, first), (0.3, 100, None), (0.1, 300, None)):
-        start = start or command(resume=run_dir)
+    start = command(script, **flags_of(script), run_dir=run_dir)
+    kills = ((0.0, 0), (0.3, 100), (0.1, 300)) if script is mtppo_gmp else ((0.1, 300),)
+    for delay, at in kills:
         pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         with subprocess.Popen(start, cwd=ROOT, **pipes) as process:
             wait_for(run_dir, at, process)
             time.sleep(delay)
             process.kill()
-    subprocess.run(command(resume=run_dir), cwd=ROOT, check=True, capture_output=True)
-    assert_same(checkpoint(run_dir), whole_run[0])
-    assert scalars(run_dir) == whole_run[1]
+        start = command(script, resume=run_dir)
+    subprocess.run(start, cwd=ROOT, check=True, capture_output=True)
+    assert_same(checkpoint(run_dir), whole_runs[script][0])
+    assert scalars(run_dir) == whole_runs[script][1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_the_run_in_good_order(number, tmp_path, whole_run):
+def test_signals_end_the_run_in_good_order(number, tmp_path, whole_runs):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    start = command(**TINY | EVERY_ARM, run_dir=tmp_path)
+    start = command(mtppo_gmp, **flags_of(mtppo_gmp), run_dir=tmp_path)
     with subprocess.Popen(start, cwd=ROOT, **pipes) as process:
         wait_for(tmp_path, 100, process)
         process.send_signal(number)
@@ -182,22 +209,22 @@ def test_signals_end_the_run_in_good_order(number, tmp_path, whole_run):
     stopped = int(re.fullmatch(r"stopped at timestep (\d+), .*--resume \S+\n", out)[1])
     assert checkpoint(tmp_path)["timestep"] == stopped < 600
     assert scalars(tmp_path)["losses/entropy"][-1][0] == stopped
-    script.train(Args(resume=str(tmp_path)))
-    assert_same(checkpoint(tmp_path), whole_run[0])
-    assert scalars(tmp_path) == whole_run[1]
+    mtppo_gmp.train(mtppo_gmp.Args(resume=str(tmp_path)))
+    assert_same(checkpoint(tmp_path), whole_runs[mtppo_gmp][0])
+    assert scalars(tmp_path) == whole_runs[mtppo_gmp][1]
 
 
 def test_resuming_a_finished_run_prints_its_result_again(tmp_path, capsys):
-    run(tmp_path, total_timesteps=50)
+    run(mtppo_gmp, tmp_path, total_timesteps=50)
     first = capsys.readouterr().out
-    script.train(Args(resume=str(tmp_path)))
+    mtppo_gmp.train(mtppo_gmp.Args(resume=str(tmp_path)))
     assert capsys.readouterr().out == first
     assert re.search(r"^mean +\d\.\d{3} +\d\.\d{3} +\d+\.\d$", first, re.M)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    script.save_checkpoint(path, {"timestep": 1})
+    mtppo_gmp.save_checkpoint(path, {"timestep": 1})
 
     def full(state, file):
         file.write(b"half a checkpoint")
@@ -205,7 +232,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        script.save_checkpoint(path, {"timestep": 2})
+        mtppo_gmp.save_checkpoint(path, {"timestep": 2})
     assert checkpoint(tmp_path) == {"timestep": 1}
 
 
@@ -249,7 +276,36 @@ BAD = {
 }
 
 
-def one_line_of_error(args, capsys):
+BAD_SET = {
+    "--set-zeta 0.0: must be in (0, 1)": dict(set_zeta=0.0),
+    "--set-zeta 1.0: must be in (0, 1)": dict(set_zeta=1.0),
+    "--set-epsilon 0.0: must be positive and finite": dict(set_epsilon=0.0),
+    "--set-epsilon -11.0: must be positive and finite": dict(set_epsilon=-11.0),
+    "--set-frequency 0: must be at least 1": dict(set_frequency=0),
+    "--sparsity 1.0: must be in [0, 1)": dict(sparsity=1.0),
+}
+BAD_GMP = {
+    "--prune-start 0.9: must be 0 <= start < end <= 1 (--prune-end 0.8)": dict(prune_start=0.9),
+    "--prune-frequency 0: must be at least 1": dict(prune_frequency=0),
+}
+BAD_EXPERTS = {
+    "--num-experts -1: must be": dict(num_experts=-1),
+    "--num-experts 0: must be": dict(env_ids=("MiniGrid-Empty-5x5-v0",)),
+}
+BAD_MIX = {
+    "--num-experts 1025: must be 1 to 1024 (the number of features)": dict(num_experts=1025),
+    "--orthogonal-mix -0.1: must be in [0, 1]": dict(orthogonal_mix=-0.1),
+    "--orthogonal-mix 1.1: must be in [0, 1]": dict(orthogonal_mix=1.1),
+}
+BAD_OF = {
+    mtppo_gmp: BAD,
+    mtppo_set: BAD_SET,
+    moe_sparse: BAD_GMP | BAD_SET | BAD_EXPERTS,
+    moore_sparse: BAD_GMP | BAD_SET | BAD_EXPERTS | BAD_MIX,
+}
+
+
+def one_line_of_error(args, capsys, script=mtppo_gmp):
     """What train prints on standard error as it ends with exit code 2."""
     with pytest.raises(SystemExit) as ended:
         script.train(args)
@@ -259,35 +315,38 @@ def one_line_of_error(args, capsys):
     return err
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_input_ends_before_anything_is_made(message, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "script, message", [(script, message) for script, bad in BAD_OF.items() for message in bad]
+)
+def test_bad_input_ends_before_anything_is_made(script, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "make_env", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert message in one_line_of_error(Args(**BAD[message]), capsys)
+    args = script.Args(**BAD_OF[script][message])
+    assert message in one_line_of_error(args, capsys, script)
     assert not list(tmp_path.iterdir())
 
 
 def test_tasks_with_other_spaces_are_refused(capsys, tmp_path):
     ids = ("MiniGrid-Empty-5x5-v0", "MiniGrid-Dynamic-Obstacles-5x5-v0")
-    args = Args(env_ids=ids, run_dir=str(tmp_path / "run"))
+    args = mtppo_gmp.Args(env_ids=ids, run_dir=str(tmp_path / "run"))
     err = one_line_of_error(args, capsys)
     assert "MiniGrid-Dynamic-Obstacles-5x5-v0: action_space Discrete(3) must equal" in err
 
 
 def test_a_folder_with_a_run_is_refused(capsys, tmp_path):
-    run(tmp_path, total_timesteps=50)
+    run(mtppo_gmp, tmp_path, total_timesteps=50)
     capsys.readouterr()
-    err = one_line_of_error(Args(**TINY, run_dir=str(tmp_path)), capsys)
+    err = one_line_of_error(mtppo_gmp.Args(**TINY, run_dir=str(tmp_path)), capsys)
     assert "already holds a run" in err
 
 
 def test_what_cannot_be_resumed_is_refused(capsys, tmp_path):
-    resume = Args(resume=str(tmp_path))
+    resume = mtppo_gmp.Args(resume=str(tmp_path))
     assert "holds no checkpoint.pt" in one_line_of_error(resume, capsys)
-    run(tmp_path, total_timesteps=50)
+    run(mtppo_gmp, tmp_path, total_timesteps=50)
     capsys.readouterr()
-    both = Args(resume=str(tmp_path), seed=7)
+    both = mtppo_gmp.Args(resume=str(tmp_path), seed=7)
     assert "must stand alone" in one_line_of_error(both, capsys)
     path = tmp_path / "checkpoint.pt"
     content = path.read_bytes()
@@ -302,21 +361,24 @@ def test_what_cannot_be_resumed_is_refused(capsys, tmp_path):
 def test_the_command_line(tmp_path):
     """As a process: one line and exit code 2; help that names every flag."""
     ended = subprocess.run(
-        command(sparsity=1, run_dir=tmp_path), cwd=ROOT, capture_output=True, text=True
+        command(mtppo_gmp, sparsity=1, run_dir=tmp_path), cwd=ROOT, capture_output=True, text=True
     )
     assert ended.returncode == 2
     assert ended.stderr == "error: --sparsity 1.0: must be in [0, 1)\n" and ended.stdout == ""
     with pytest.raises(SystemExit) as unknown:
-        tyro.cli(Args, args=["--benchmark", "MT4"], console_outputs=False)
+        tyro.cli(mtppo_gmp.Args, args=["--benchmark", "MT4"], console_outputs=False)
     assert unknown.value.code == 2
+
+
+@on_every_script
+def test_every_flag_is_documented(script):
     source = Path(script.__file__).read_text()
     documented = re.findall(r"^    (\w+): .* = .*\n    \"\"\"[^\n]+\"\"\"$", source, re.M)
-    assert documented == [field.name for field in fields(Args)]
+    assert documented == [field.name for field in fields(script.Args)]
 
 
-def test_flags_reach_the_run(tmp_path):
+def test_flags_reach_the_run():
     words = "--env-ids MiniGrid-Empty-5x5-v0 MiniGrid-Empty-6x6-v0 --layer-norm --pcgrad"
-    args = tyro.cli(Args, args=words.split())
+    args = tyro.cli(mtppo_gmp.Args, args=words.split())
     assert args.env_ids == ("MiniGrid-Empty-5x5-v0", "MiniGrid-Empty-6x6-v0")
-    assert args.layer_norm and args.pcgrad and not Args().layer_norm
-    assert os.fspath(script.Path(script.__file__).name) == "mtppo_gmp.py"
+    assert args.layer_norm and args.pcgrad and not mtppo_gmp.Args().layer_norm
