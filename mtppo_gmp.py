@@ -21,14 +21,13 @@ MOORE, arXiv 2311.11385). Tensors are (task, batch, ...) throughout.
 
 import math
 import os
-import pickle
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import minigrid  # noqa: F401 (registers the tasks)
@@ -136,7 +135,7 @@ class Args:
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks and rollouts live (auto: cuda if there is one)"""
+    """where networks and training data live (auto: cuda if there is one)"""
     run_dir: str | None = None
     """folder of logs and checkpoint (default: runs/<benchmark>__<script>__<seed>__<time>)"""
     checkpoint_frequency: int = 10_000
@@ -147,7 +146,7 @@ class Args:
     """torch threads (0: torch's choice)"""
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """End with one line on standard error and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -155,7 +154,7 @@ def fail(message: str):
 
 COUNTS = """num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size eval_episodes
 eval_frequency plasticity_frequency plasticity_batch_size checkpoint_frequency prune_frequency"""
-NATURALS = "seed num_threads redo_frequency reset_frequency max_resets"
+NATURALS = "num_threads redo_frequency reset_frequency max_resets"
 BATCH = "at least one observation per task"
 WINDOW = "0 <= start < end <= 1 (--prune-end {prune_end})"
 ITERATION = "at least one iteration (--num-steps {num_steps})"
@@ -164,6 +163,7 @@ TASKS = "registered MiniGrid tasks (like MiniGrid-DoorKey-6x6-v0), each named on
 # Flags, what they may be given all arguments, and the same in words
 LIMITS = [
     (COUNTS, lambda x, args: x >= 1, "at least 1"),
+    ("seed", lambda x, args: 0 <= x < 2**63, "in [0, 2^63)"),
     (NATURALS, lambda x, args: x >= 0, "at least 0"),
     ("actor_lr critic_lr clip_coef", lambda x, args: 0 < x < math.inf, "positive and finite"),
     ("ent_coef weight_decay", lambda x, args: 0 <= x < math.inf, "at least 0 and finite"),
@@ -267,16 +267,16 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_tasks, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_tasks, 1, out_features))
-        draw_parameters(self, self.weight, self.bias)
+        draw_parameters(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight.mT)
 
 
 @torch.no_grad()
-def draw_parameters(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Fill weight and bias with draws from torch's default distribution for the layer."""
-    fan_in = weight[0].numel() if isinstance(layer, nn.Conv2d) else weight.shape[-1]
+def draw_parameters(weight: Tensor, bias: Tensor) -> None:
+    """Fill a layer's weight and bias with draws from torch's default distribution for it."""
+    fan_in = weight[0].numel() if weight.dim() == 4 else weight.shape[-1]
     for tensor in (weight, bias):
         tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5)
 
@@ -407,7 +407,7 @@ def redo(network: nn.Module, optimizer, obs: Tensor, tau: float) -> None:
     alive = alive_neurons(network)
     for layer, following, h, a in zip(layers[:-1], layers[1:], hidden, alive, strict=True):
         weight, bias = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
-        draw_parameters(layer, weight, bias)
+        draw_parameters(weight, bias)
         if h.dim() == 4:  # a convolution: dormant (C,)
             dormant = a & (dormant_scores(h, a) <= tau)
             incoming, in_bias = dormant[:, None, None, None], dormant
@@ -428,7 +428,7 @@ def redo(network: nn.Module, optimizer, obs: Tensor, tau: float) -> None:
 def reset_output(network: nn.Module, optimizer) -> None:
     """Draw every head's output layer anew and drop its Adam state (Nikishin et al. 2022)."""
     layer = network.head_output
-    draw_parameters(layer, layer.weight, layer.bias)
+    draw_parameters(layer.weight, layer.bias)
     for parameter in layer.parameters():
         optimizer.state.pop(parameter, None)
     apply_masks(network)
@@ -512,7 +512,7 @@ def collect(envs, actor, rollout: Rollout, buffer, seeds: list[int], seconds: di
             for field, value in zip(rollout, (obs_t, actions, log_probs), strict=False):
                 field[:, step : step + 1] = value
             buffer.add(obs_t[:, 0])
-            actions = actions[:, 0].cpu().numpy()  # the loop's only wait for the device
+            actions = actions[:, 0].cpu().numpy()  # all that leaves the device
         with timed(seconds, "env"):
             obs, reward, terminal, truncated, info = envs.step(actions)
             rewards[:, step], terminated[:, step] = reward, terminal
@@ -568,9 +568,8 @@ def estimate_advantages(critic, rollout: Rollout, final: list[list], args: Args)
     parts = rollout.obs.split(args.minibatch_size, dim=1)  # to stay in the cache
     values = torch.cat([critic(obs).squeeze(-1) for obs in parts], dim=1)
     next_values = bootstrap_values(critic, values, final)
-    advantages = gae(
-        rollout.rewards, values, next_values, *rollout[4:], args.gamma, args.gae_lambda
-    )
+    ends = rollout.terminated, rollout.done
+    advantages = gae(rollout.rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     returns = advantages + values
     explained_variance = 1 - advantages.var() / returns.var()
     advantages = advantages - advantages.mean(1, keepdim=True)
@@ -623,7 +622,7 @@ def update_actor(actor, optimizer, rollout: Rollout, advantages: Tensor, args: A
 
 
 def update_critic(critic, optimizer, rollout: Rollout, returns: Tensor, args: Args) -> Tensor:
-    """Epochs of regression of the critic on the returns; its mean squared error, (1,)."""
+    """Epochs of regression of the critic on the returns; its mean squared error."""
     stats = []
     for _ in range(args.critic_epochs):
         for batch in minibatches(*returns.shape, args.critic_minibatch_size, returns.device):
@@ -634,7 +633,7 @@ def update_critic(critic, optimizer, rollout: Rollout, returns: Tensor, args: Ar
             optimizer.step()
             apply_masks(critic)
             stats.append(losses.detach())
-    return torch.stack(stats).mean().view(1)
+    return torch.stack(stats).mean()
 
 
 # Evaluation and plasticity
@@ -701,10 +700,12 @@ def load_checkpoint(run_dir: str) -> dict:
         fail(f"--resume {run_dir}: holds no checkpoint.pt, must be the folder of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
         fail(f"--resume {run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
         fail(f"--resume {run_dir}: checkpoint.pt is of another script, must be one of this script")
+    if state["args"].keys() != asdict(Args()).keys():
+        fail(f"--resume {run_dir}: checkpoint.pt has the flags of another version of this script")
     return state
 
 
@@ -724,15 +725,16 @@ def open_run(args: Args, name: str) -> tuple[Args, dict | None]:
     if any(run_dir.glob("checkpoint.pt")) or any(run_dir.glob("events.out.tfevents.*")):
         fail(f"--run-dir {run_dir}: already holds a run, must be another folder (or --resume it)")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+        (run_dir / "checkpoint.partial").touch()
     except OSError as error:
-        fail(f"--run-dir {run_dir}: must be a folder that can be written ({error.strerror})")
+        fail(f"--run-dir {run_dir}: must be a new or a writable folder ({error.strerror})")
     return replace(args, run_dir=str(run_dir)), None
 
 
 def open_log(args: Args, timestep: int) -> SummaryWriter:
     """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
-    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1 if timestep else None)
+    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1)
     if timestep == 0:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
@@ -740,7 +742,8 @@ def open_log(args: Args, timestep: int) -> SummaryWriter:
 
 
 def stop_on_signals() -> list[int]:
-    """A list that SIGINT and SIGTERM fill, to end in good order; a second one ends at once."""
+    """A list that SIGINT and SIGTERM fill from now on, to end in good order; a second one of the
+    same kind ends the process at once."""
     stop = []
 
     def on_signal(number, frame):
@@ -833,9 +836,9 @@ def train(args: Args) -> None:
     def sparsify(steps):
         now = timestep + steps
         with timed(seconds, "sparsify"):
-            progress = now / args.total_timesteps
+            progress = now / last_timestep
             target = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
-            if target and now % args.prune_frequency == 0:
+            if target and (now % args.prune_frequency == 0 or now == last_timestep):
                 for network in networks.values():
                     prune(network, target, args.prune_scope)
             if args.redo_frequency and now % args.redo_frequency == 0:
@@ -867,7 +870,7 @@ def train(args: Args) -> None:
             advantages, returns, variance = estimate_advantages(critic, rollout, final, args)
             value_loss = update_critic(critic, optimizers["critic"], rollout, returns, args)
             actor_stats = update_actor(actor, optimizers["actor"], rollout, advantages, args)
-            stats = torch.cat([value_loss, variance.view(1), actor_stats]).tolist()
+            stats = torch.stack([value_loss, variance, *actor_stats]).tolist()
         names = "value_loss explained_variance policy_loss entropy approx_kl clipfrac".split()
         scalars = {f"losses/{name}": value for name, value in zip(names, stats, strict=True)}
 
@@ -906,7 +909,7 @@ def train(args: Args) -> None:
         scalars |= {"charts/SPS": sps} | {f"time/{what}": s for what, s in seconds.items()}
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, timestep)
-        if due(args.checkpoint_frequency) or stop:
+        if due(args.checkpoint_frequency):
             writer.flush()  # before the checkpoint, so that the log never lags behind it
             save()
         shown = [v for tag, v in scalars.items() if tag.startswith("charts/normalized_return")]
@@ -916,6 +919,8 @@ def train(args: Args) -> None:
 
     bar.close()
     writer.close()
+    if stop:
+        save()
     if timestep < last_timestep:
         print(f"stopped at timestep {timestep}, to go on: --resume {args.run_dir}")
     else:

@@ -25,7 +25,6 @@ import atexit
 import copy
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -33,7 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import metaworld
@@ -143,7 +142,7 @@ class Args:
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks and rollouts live (auto: cuda if there is one)"""
+    """where networks and training data live (auto: cuda if there is one)"""
     run_dir: str | None = None
     """folder of logs and checkpoint (default: runs/<benchmark>__<script>__<seed>__<time>)"""
     checkpoint_frequency: int = 200_000
@@ -154,7 +153,7 @@ class Args:
     """torch threads (0: torch's choice)"""
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """End with one line on standard error and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -171,7 +170,8 @@ SPLIT = "a multiple of the number of tasks"
 # Flags, what they may be given all arguments, and the same in words
 LIMITS = [
     (COUNTS, lambda x, args: x >= 1, "at least 1"),
-    ("seed num_threads learning_starts", lambda x, args: x >= 0, "at least 0"),
+    ("seed", lambda x, args: 0 <= x < 2**63, "in [0, 2^63)"),
+    ("num_threads learning_starts", lambda x, args: x >= 0, "at least 0"),
     (POSITIVE, lambda x, args: 0 < x < math.inf, "positive and finite"),
     ("max_q weight_decay dormant_tau", lambda x, args: 0 <= x < math.inf, "at least 0, finite"),
     ("gamma", lambda x, args: 0 <= x <= 1, "in [0, 1]"),
@@ -762,10 +762,12 @@ def load_checkpoint(run_dir: str) -> dict:
         fail(f"--resume {run_dir}: holds no checkpoint.pt, must be the folder of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
         fail(f"--resume {run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
         fail(f"--resume {run_dir}: checkpoint.pt is of another script, must be one of this script")
+    if state["args"].keys() != asdict(Args()).keys():
+        fail(f"--resume {run_dir}: checkpoint.pt has the flags of another version of this script")
     return state
 
 
@@ -785,15 +787,16 @@ def open_run(args: Args, name: str) -> tuple[Args, dict | None]:
     if any(run_dir.glob("checkpoint.pt")) or any(run_dir.glob("events.out.tfevents.*")):
         fail(f"--run-dir {run_dir}: already holds a run, must be another folder (or --resume it)")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+        (run_dir / "checkpoint.partial").touch()
     except OSError as error:
-        fail(f"--run-dir {run_dir}: must be a folder that can be written ({error.strerror})")
+        fail(f"--run-dir {run_dir}: must be a new or a writable folder ({error.strerror})")
     return replace(args, run_dir=str(run_dir)), None
 
 
 def open_log(args: Args, timestep: int) -> SummaryWriter:
     """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
-    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1 if timestep else None)
+    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1)
     if timestep == 0:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
@@ -801,7 +804,8 @@ def open_log(args: Args, timestep: int) -> SummaryWriter:
 
 
 def stop_on_signals() -> list[int]:
-    """A list that SIGINT and SIGTERM fill, to end in good order; a second one ends at once."""
+    """A list that SIGINT and SIGTERM fill from now on, to end in good order; a second one of the
+    same kind ends the process at once."""
     stop = []
 
     def on_signal(number, frame):
@@ -914,8 +918,9 @@ def train(args: Args) -> None:
         apply_masks(networks["target"])
 
     def sparsify(learning):
-        if args.sparsifier == "gmp" and timestep % args.prune_frequency < num_tasks:
-            progress = timestep / args.total_timesteps
+        renewal = timestep % args.prune_frequency < num_tasks or timestep == last_timestep
+        if args.sparsifier == "gmp" and renewal:
+            progress = timestep / last_timestep
             share = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
             for network in sparse.values() if share else ():
                 prune(network, share, args.prune_scope)
@@ -950,7 +955,7 @@ def train(args: Args) -> None:
                     actions = draw_actions(*policy(networks["actor"], obs_t))[0][:, 0]
                 else:
                     actions = torch.empty(num_tasks, ACTION_SIZE, device=device).uniform_(-1, 1)
-                actions = actions.cpu().numpy()  # the loop's only wait for the device
+                actions = actions.cpu().numpy()  # all that leaves the device
             with timed(seconds, "env"):
                 next_obs, rewards, terminated, truncated, info = envs.step(actions)
                 ended = terminated | (truncated & (not args.bootstrap_at_truncation))
@@ -1008,7 +1013,7 @@ def train(args: Args) -> None:
         scalars |= {"charts/SPS": sps} | {f"time/{what}": s for what, s in seconds.items()}
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, timestep)
-        if due(args.checkpoint_frequency) or stop:
+        if due(args.checkpoint_frequency):
             writer.flush()  # before the checkpoint, so that the log never lags behind it
             save()
         shown, sparsity = returns.mean(), scalars["sparsity/actor"]
@@ -1017,6 +1022,8 @@ def train(args: Args) -> None:
 
     bar.close()
     writer.close()
+    if stop:
+        save()
     envs.close()
     eval_envs.close()
     size = (Path(args.run_dir) / "checkpoint.pt").stat().st_size

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +17,7 @@ import moore_sparse
 import mtppo_gmp
 import mtppo_gmp as script
 import mtppo_set
-from mtppo_gmp import TRAINING, Args, BatchedLinear, MultiHeadNetwork, Rollout
+from mtppo_gmp import TRAINING, Args, BatchedLinear, MultiHeadNetwork
 from plasticity_metrics import ObservationBuffer
 
 OBS_SHAPE = (7, 7, 3)
@@ -157,7 +158,7 @@ def test_no_transition_crosses_a_reset(monkeypatch, tmp_path, script, num_steps)
 
     def update_critic(critic, optimizer, rollout, returns, args):
         seen.update(critic=copy.deepcopy(critic), rollout=rollout, returns=returns.clone())
-        return torch.zeros(1)
+        return torch.zeros(())
 
     def update_actor(actor, optimizer, rollout, advantages, args):
         seen.update(advantages=advantages.clone())
@@ -242,7 +243,7 @@ def test_parameters_have_torchs_default_distribution():
             assert parameter.abs().max() <= fan_in**-0.5
             assert parameter.abs().max() > 0.9 * fan_in**-0.5
     drawn = torch.empty(64, 32, 2, 2), torch.empty(64)
-    script.draw_parameters(network.conv3, *drawn)
+    script.draw_parameters(*drawn)
     for parameter in drawn:
         assert 0.9 * 128**-0.5 < parameter.abs().max() <= 128**-0.5
 
@@ -528,19 +529,64 @@ def test_minibatches_hold_every_step_of_every_task_once():
     assert not torch.equal(whole[0], whole[1] - 1000)  # each task in an order of its own
 
 
-def test_updates_follow_the_plain_gradient():
-    """One minibatch and SGD: the step is the gradient of the loss, worked out task by task."""
-    network, rollout, args = make_network(num_outputs=1), random_rollout(), Args(critic_lr=0.1)
+def network_of(script, num_outputs=7, num_tasks=3):
+    """The script's network, for three tasks."""
+    torch.manual_seed(0)
+    if script in (mtppo_gmp, mtppo_set):
+        return script.MultiHeadNetwork(OBS_SHAPE, num_tasks, num_outputs, False)
+    experts = {moe_sparse: "MixtureOfExperts", moore_sparse: "MixtureOfOrthogonalExperts"}
+    args = script.Args(num_experts=2)
+    return getattr(script, experts[script])(OBS_SHAPE, num_tasks, num_outputs, args)
+
+
+SCRIPTS = pytest.mark.parametrize(
+    "script", [mtppo_gmp, mtppo_set, moe_sparse, moore_sparse], ids=lambda s: s.__name__
+)
+
+
+def updates_of(script):
+    """The script's updates of actor and critic."""
+    prefix = "update" if script is mtppo_gmp else "fit"
+    return getattr(script, f"{prefix}_actor"), getattr(script, f"{prefix}_critic")
+
+
+def assert_step(network, before, lr):
+    """The network has gone down the gradients that before holds."""
+    for new, old in zip(network.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(new, old - lr * old.grad, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(new, old)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("minibatch_size", [256, 15])  # in one part, in parts
+def test_the_critics_update_follows_the_plain_gradient(script, minibatch_size):
+    """One batch and SGD: the step is the gradient of the loss, worked out sample by sample."""
+    network, rollout = network_of(script, num_outputs=1), random_rollout()
     returns = torch.randn(3, 40)
     before = copy.deepcopy(network)
     values = before(rollout.obs)[..., 0]
     loss = sum(((values[t, i] - returns[t, i]) ** 2) / 120 for t in range(3) for i in range(40))
     loss.backward()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    mse = script.update_critic(network, optimizer, rollout, returns, args)
+    _, update_critic = updates_of(script)
+    args = script.Args(minibatch_size=minibatch_size)
+    mse = update_critic(network, optimizer, rollout, returns, args)
     assert mse.item() == pytest.approx(loss.item(), rel=1e-4)
-    for new, old in zip(network.parameters(), before.parameters(), strict=True):
-        torch.testing.assert_close(new, old - 0.1 * old.grad, rtol=1e-4, atol=1e-6)
+    assert_step(network, before, 0.1)
+
+
+@SCRIPTS
+def test_the_actors_update_follows_the_plain_gradient(script):
+    network, rollout, advantages = network_of(script), random_rollout(), torch.randn(3, 40)
+    before = copy.deepcopy(network)
+    policy = torch.distributions.Categorical(logits=before(rollout.obs))
+    ratio = (policy.log_prob(rollout.actions) - rollout.log_probs).exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    (-surrogate.mean() - 0.01 * policy.entropy().mean()).backward()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    update_actor, _ = updates_of(script)
+    update_actor(network, optimizer, rollout, advantages, script.Args(update_epochs=1))
+    assert_step(network, before, 0.1)
 
 
 def test_single_tasks_and_small_rollouts_work():
@@ -600,46 +646,55 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
-def on_one_device(network, critic, rollout, buffer, advantages, optimizers, args):
-    """The hot loop: storage, action, advantages, update, pruning and interventions."""
-    obs = rollout.obs[:, 0]
-    with torch.no_grad():
-        actions, log_probs = script.act(network, obs[:, None])
-        for field, value in zip(rollout, (obs[:, None], actions, log_probs), strict=False):
-            field[:, 0:1] = value
-        buffer.add(obs)
-        values = critic(rollout.obs).squeeze(-1)
-        estimates = script.gae(rollout.rewards, values, values, *rollout[4:], 0.99, 0.95)
-    script.update_critic(critic, optimizers[1], rollout, estimates, args)
-    script.update_actor(network, optimizers[0], rollout, advantages, args)
-    for sparsity in (0.5, 0.95):
-        script.prune(network, sparsity, args.prune_scope)
-    script.reset_output(network, optimizers[0])
-    script.update_actor(network, optimizers[0], rollout, advantages, args)
-    alive = script.alive_neurons(network)
-    buffer.sample(4)
-    return alive
-
-
-def hygiene(scope, pcgrad, plant=None):
+def hygiene(script, plant=None, **flags):
+    """The hot loop: storage, actions, advantages, updates, sparsifiers and interventions."""
+    args = script.Args(update_epochs=1, minibatch_size=20, **flags)
     with torch.device("meta"):
-        network, critic = make_network(), make_network(num_outputs=1)
+        actor, critic = network_of(script), network_of(script, num_outputs=1)
     rollout = script.empty_rollout(3, 40, OBS_SHAPE, "meta")
     buffer = ObservationBuffer(90, 3, OBS_SHAPE, torch.uint8, "meta")
     # SGD: torch's fused Adam does not know the meta device
-    optimizers = [torch.optim.SGD(n.parameters(), 0.1) for n in (network, critic)]
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1) for n in (actor, critic)]
     advantages = torch.empty(3, 40, device="meta")
     if plant:
         rollout, advantages = plant(rollout, advantages)
-    args = Args(update_epochs=1, prune_scope=scope, pcgrad=pcgrad)
+    update_actor, update_critic = updates_of(script)
     with OneDevice():
-        on_one_device(network, critic, rollout, buffer, advantages, optimizers, args)
+        obs = rollout.obs[:, 0]
+        with torch.no_grad():
+            actions, log_probs = script.act(actor, obs[:, None])
+            for field, value in zip(rollout, (obs[:, None], actions, log_probs), strict=False):
+                field[:, 0:1] = value
+            buffer.add(obs)
+            values = critic(rollout.obs).squeeze(-1)
+            ends = rollout.terminated, rollout.done
+            estimates = script.gae(rollout.rewards, values, values, *ends, 0.99, 0.95)
+        update_critic(critic, optimizers[1], rollout, estimates, args)
+        update_actor(actor, optimizers[0], rollout, advantages, args)
+        if hasattr(script, "evolve"):
+            densities = script.set_densities(actor, 0.95, None)
+            script.draw_masks(actor, densities)
+            for regrow in ("random", "gradient"):
+                script.evolve(actor, optimizers[0], densities, 0.3, regrow)
+        if hasattr(script, "prune"):
+            actor.masks = {}
+            for sparsity in (0.5, 0.95):
+                script.prune(actor, sparsity, args.prune_scope)
+        if script is mtppo_gmp:
+            script.reset_output(actor, optimizers[0])
+        update_actor(actor, optimizers[0], rollout, advantages, args)
+        script.alive_neurons(actor)
+        buffer.sample(4)
 
 
-@pytest.mark.parametrize("pcgrad", [False, True])
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_the_hot_loop_stays_on_its_device(scope, pcgrad):
-    hygiene(scope, pcgrad)
+@SCRIPTS
+def test_the_hot_loop_stays_on_its_device(script):
+    hygiene(script)
+
+
+@pytest.mark.parametrize("flags", [dict(pcgrad=True), dict(prune_scope="global")], ids=str)
+def test_so_do_pcgrad_and_global_pruning(flags):
+    hygiene(mtppo_gmp, **flags)
 
 
 @pytest.mark.parametrize(
@@ -652,18 +707,45 @@ def test_the_hot_loop_stays_on_its_device(scope, pcgrad):
 )
 def test_a_planted_cpu_tensor_is_caught(plant):
     with pytest.raises((AssertionError, RuntimeError), match="cpu"):
-        hygiene("layer", False, plant)
+        hygiene(mtppo_gmp, plant)
 
 
 def test_a_planted_cpu_mask_or_wait_is_caught(monkeypatch):
     monkeypatch.setattr(script, "keep_largest", lambda s, _: torch.ones(s.shape, device="cpu"))
     with pytest.raises((AssertionError, RuntimeError), match="cpu"):
-        hygiene("layer", False)
+        hygiene(script)
     monkeypatch.undo()
     monkeypatch.setattr(script, "gae", lambda rewards, *_: rewards * rewards.sum().item())
     with pytest.raises(RuntimeError, match="item"):
-        hygiene("layer", False)
+        hygiene(script)
 
 
-def test_rollout_type_is_exported_for_reuse():
-    assert Rollout._fields[:3] == ("obs", "actions", "log_probs")
+class ExplicitDevice(TorchFunctionMode):
+    """For what must fetch numbers, which the meta device cannot: making a tensor from no other
+    without saying on which device fails."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        made = not any(isinstance(x, torch.Tensor) for x in tree_leaves((args, kwargs)))
+        if made and isinstance(result, torch.Tensor) and kwargs.get("device") is None:
+            raise AssertionError(f"{function}: makes a tensor on the default device")
+        return result
+
+
+@SCRIPTS
+def test_metrics_and_advantages_make_every_tensor_on_the_models_device(script):
+    actor, critic, rollout = network_of(script), network_of(script, num_outputs=1), random_rollout()
+    buffer = ObservationBuffer(90, 3, OBS_SHAPE, torch.uint8, "cpu")
+    optimizer = torch.optim.Adam(actor.parameters(), fused=True)
+    final = [[(39, np.zeros(OBS_SHAPE, np.uint8))]] * 3
+    args, networks = script.Args(minibatch_size=20), {"actor": actor, "critic": critic}
+    with ExplicitDevice():
+        buffer.add(rollout.obs[:, 0])
+        script.measure_plasticity(networks, buffer.sample(8), args)
+        script.measure_sparsity(actor)
+        script.estimate_advantages(critic, rollout, final, args)
+        if script is mtppo_gmp:
+            script.redo(actor, optimizer, rollout.obs, 0.001)
+    with pytest.raises(AssertionError, match="default device"), ExplicitDevice():
+        torch.zeros(3)

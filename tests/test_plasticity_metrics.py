@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from plasticity_metrics import (
     effective_rank,
     fisher_trace,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_scores_are_magnitudes_over_the_layers_mean():
@@ -213,7 +216,9 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 fisher_trace(actor, lambda: actor(obs).log_softmax(-1))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert int(grown.stdout) * 1024 < 2**30
 
 

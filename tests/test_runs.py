@@ -8,6 +8,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -90,10 +91,122 @@ def assert_same(a, b):
         assert a == b
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Ctrl-C is pytest's again after a run in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory):
     """For each script a run that was never stopped: its checkpoint and scalars."""
-    return {script: run(script, tmp_path_factory.mktemp(script.__name__)) for script in SCRIPTS}
+    runs = {script: run(script, tmp_path_factory.mktemp(script.__name__)) for script in SCRIPTS}
+    for state, _ in runs.values():
+        for name, masks in state["masks"].items():
+            assert masks
+            for layer, mask in masks.items():
+                assert (state["networks"][name][f"{layer}.weight"][mask == 0] == 0).all()
+    return runs
+
+
+@on_every_script
+def test_masks_and_interventions_come_at_their_timesteps(script, monkeypatch, tmp_path):
+    steps, calls = [0], {}
+
+    class CountingBuffer(script.ObservationBuffer):
+        def add(self, obs):  # once for each step of a rollout
+            steps[0] += 1
+            super().add(obs)
+
+    def record(name):
+        function = getattr(script, name)
+
+        def recorder(network, *args):
+            details = args[:1] if name == "prune" else args[2:] if name == "evolve" else ()
+            calls.setdefault(name, []).append((steps[0], *details))
+            function(network, *args)
+
+        monkeypatch.setattr(script, name, recorder)
+
+    monkeypatch.setattr(script, "ObservationBuffer", CountingBuffer)
+    for name in ("prune", "evolve", "redo", "reset_output"):
+        if hasattr(script, name):
+            record(name)
+    run(script, tmp_path)
+    expected = {}
+    if script in (mtppo_gmp, moe_sparse):  # from 30 = 5 % to 480 = 80 % of 600, every 25
+        shares = [(t, 0.95 * (1 - (1 - min((t - 30) / 450, 1)) ** 3)) for t in range(50, 601, 25)]
+        expected["prune"] = [(t, pytest.approx(x)) for t, x in shares for _ in range(2)]
+    else:
+        expected["evolve"] = [(t, 0.3, "gradient") for t in range(75, 601, 75) for _ in range(2)]
+    if script is mtppo_gmp:
+        expected["redo"] = [(t,) for t in range(75, 601, 75) for _ in range(2)]
+        expected["reset_output"] = [(t,) for t in (120, 120, 240, 240)]  # twice at the most
+    assert calls == expected
+
+
+def test_the_final_sparsity_is_reached_whatever_the_lengths(tmp_path):
+    odd = dict(
+        total_timesteps=420, eval_frequency=1000, plasticity_frequency=1000, redo_frequency=0
+    )
+    for i, flags in enumerate((dict(prune_end=1.0), dict(prune_frequency=1000))):
+        state, _ = run(mtppo_gmp, tmp_path / str(i), **odd, **flags)
+        masks = state["masks"]["actor"].values()
+        zeros = sum((mask == 0).sum().item() for mask in masks)
+        assert zeros / sum(mask.numel() for mask in masks) == pytest.approx(0.95, abs=1e-5)
+
+
+ARMS = {  # flags that must reach the training
+    mtppo_gmp: dict(weight_decay=0.1, layer_norm=True, pcgrad=True, prune_scope="global"),
+    mtppo_set: dict(weight_decay=0.1, layer_norm=True, set_regrow="gradient", set_zeta=0.6),
+    moe_sparse: dict(weight_decay=0.1, layer_norm=True, num_experts=3, prune_scope="global"),
+    moore_sparse: dict(weight_decay=0.1, layer_norm=True, orthogonal_mix=0.5),
+}
+
+
+@on_every_script
+def test_every_arm_changes_the_weights(script, tmp_path):
+    base = {name: getattr(script.Args(), name) for name in SCRIPTS[script]}
+    base |= dict(total_timesteps=150, eval_frequency=1000, plasticity_frequency=1000)
+    base |= dict(set_frequency=50) if script is mtppo_set else dict(prune_end=0.3)
+
+    def weights(name, **flags):
+        state, _ = run(script, tmp_path / name, **base | flags)
+        return state["networks"]["actor"]["head_hidden.weight"].clone()
+
+    plain = weights("plain")
+    assert torch.equal(plain, weights("again"))
+    for flag, value in ARMS[script].items():
+        assert not torch.equal(plain, weights(flag, **{flag: value})), flag
+
+
+@on_every_script
+def test_learning_rates_reach_their_networks(script, tmp_path):
+    def networks(name, **flags):
+        return run(script, tmp_path / name, total_timesteps=50, **flags)[0]["networks"]
+
+    plain, weight = networks("plain"), "head_output.bias"
+    for name, other in (("actor", "critic"), ("critic", "actor")):
+        changed = networks(name, **{f"{name}_lr": 5e-3})
+        assert not torch.equal(changed[name][weight], plain[name][weight])
+        assert torch.equal(changed[other][weight], plain[other][weight])
+
+
+@on_every_script
+def test_scores_are_returns_over_the_best_return(script, monkeypatch, tmp_path):
+    played = np.full((3, 1), 0.6), np.full((3, 1), 9.0)
+    monkeypatch.setattr(script, "evaluate", lambda *_: played)
+    _, logged = run(script, tmp_path, total_timesteps=200)
+    best = {"LavaGapS7": 0.9633, "RedBlueDoors-6x6": 0.9900, "MemoryS11": 0.9777}
+    for task, value in best.items():
+        [(_, score)] = logged[f"eval/normalized_return/{task}"]
+        assert score == pytest.approx(0.6 / value, rel=1e-4)
+        assert logged[f"eval/episodic_return/{task}"][0][1] == pytest.approx(0.6)
+    mean = sum(0.6 / value for value in best.values()) / 3
+    assert logged["eval/normalized_return"][0][1] == pytest.approx(mean, rel=1e-4)
 
 
 @on_every_script
@@ -214,6 +327,48 @@ def test_signals_end_the_run_in_good_order(number, tmp_path, whole_runs):
     assert scalars(tmp_path) == whole_runs[mtppo_gmp][1]
 
 
+def test_a_crash_before_the_first_checkpoint_leaves_no_double_log(
+    whole_runs, monkeypatch, tmp_path
+):
+    writers = []
+
+    def open_log(*args):
+        writers.append(mtppo_gmp.SummaryWriter(args[0].run_dir, purge_step=1))
+        return writers[0]
+
+    def crash(network):
+        writers[0].flush()
+        if scalars(tmp_path).get("losses/entropy", [])[-1:] == [(150, pytest.approx(1.9, abs=1))]:
+            raise KeyboardInterrupt
+        return measure(network)
+
+    measure = mtppo_gmp.measure_sparsity
+    monkeypatch.setattr(mtppo_gmp, "open_log", open_log)
+    monkeypatch.setattr(mtppo_gmp, "measure_sparsity", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(mtppo_gmp, tmp_path, checkpoint_frequency=600)
+    assert checkpoint(tmp_path)["timestep"] == 0
+    monkeypatch.undo()
+    mtppo_gmp.train(mtppo_gmp.Args(resume=str(tmp_path)))
+    assert scalars(tmp_path) == whole_runs[mtppo_gmp][1]
+
+
+@on_every_script
+def test_a_signal_after_the_save_is_saved_too(script, monkeypatch, tmp_path, capsys):
+    done = []
+
+    class SignallingBar(script.tqdm):
+        def update(self, n=1):
+            done.append(n)
+            if sum(done) == 150:  # no multiple of --checkpoint-frequency
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(script, "tqdm", SignallingBar)
+    state, _ = run(script, tmp_path)
+    assert state["timestep"] == 150
+    assert "stopped at timestep 150" in capsys.readouterr().out
+
+
 def test_resuming_a_finished_run_prints_its_result_again(tmp_path, capsys):
     run(mtppo_gmp, tmp_path, total_timesteps=50)
     first = capsys.readouterr().out
@@ -254,6 +409,7 @@ BAD = {
     "--update-epochs 0: must be": dict(update_epochs=0),
     "--num-steps 0: must be": dict(num_steps=0),
     "--seed -1: must be": dict(seed=-1),
+    f"--seed {2**63}: must be in [0, 2^63)": dict(seed=2**63),
     "--actor-lr 0.0: must be positive": dict(actor_lr=0.0),
     "--critic-lr inf: must be positive and finite": dict(critic_lr=float("inf")),
     "--gamma 1.5: must be in [0, 1]": dict(gamma=1.5),
@@ -282,6 +438,7 @@ BAD_SET = {
     "--set-epsilon 0.0: must be positive and finite": dict(set_epsilon=0.0),
     "--set-epsilon -11.0: must be positive and finite": dict(set_epsilon=-11.0),
     "--set-frequency 0: must be at least 1": dict(set_frequency=0),
+    "--set-frequency 1999: must be at least --num-steps 2000": dict(set_frequency=1999),
     "--sparsity 1.0: must be in [0, 1)": dict(sparsity=1.0),
 }
 BAD_GMP = {
@@ -322,7 +479,8 @@ def test_bad_input_ends_before_anything_is_made(script, message, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "make_env", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    args = script.Args(**BAD_OF[script][message])
+    only_set = {} if script in (mtppo_gmp, mtppo_set) else dict(sparsifier="set")
+    args = script.Args(**BAD_OF[script][message] | only_set)
     assert message in one_line_of_error(args, capsys, script)
     assert not list(tmp_path.iterdir())
 
@@ -341,6 +499,21 @@ def test_a_folder_with_a_run_is_refused(capsys, tmp_path):
     assert "already holds a run" in err
 
 
+def test_two_default_folders_of_one_second_do_not_mix(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    args = mtppo_gmp.Args(**TINY | dict(total_timesteps=50))
+    mtppo_gmp.train(args)
+    capsys.readouterr()
+    assert "runs/MT3__mtppo_gmp__1__1000000000" in one_line_of_error(args, capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    args = mtppo_gmp.Args(run_dir=str(tmp_path / "file"))
+    assert "must be a new or a writable folder" in one_line_of_error(args, capsys)
+
+
 def test_what_cannot_be_resumed_is_refused(capsys, tmp_path):
     resume = mtppo_gmp.Args(resume=str(tmp_path))
     assert "holds no checkpoint.pt" in one_line_of_error(resume, capsys)
@@ -350,12 +523,15 @@ def test_what_cannot_be_resumed_is_refused(capsys, tmp_path):
     assert "must stand alone" in one_line_of_error(both, capsys)
     path = tmp_path / "checkpoint.pt"
     content = path.read_bytes()
-    for part in (content[: len(content) // 2], content[:10], b"", b"no checkpoint at all"):
+    garbage = b"", b"no checkpoint at all", b"\x80\x02c" + bytes(range(250)), b"(dp0\nS'a'\n"
+    for part in (content[: len(content) // 2], content[:10], *garbage):
         path.write_bytes(part)
         assert "checkpoint.pt is damaged" in one_line_of_error(resume, capsys)
     for other in ({"script": "mtppo_set"}, {"weights": 1}, [1, 2]):
         torch.save(other, path)
         assert "must be one of this script" in one_line_of_error(resume, capsys)
+    torch.save({"script": "mtppo_gmp", "args": {"seed": 1}}, path)
+    assert "flags of another version" in one_line_of_error(resume, capsys)
 
 
 def test_the_command_line(tmp_path):

@@ -1,0 +1,507 @@
+"""Tables and figures of finished runs, read from their TensorBoard logs alone.
+
+Writes results.csv (a row per run, task and evaluation), report.md (interquartile mean, IQM, over
+seeds x tasks and its 95 % stratified bootstrap interval, Agarwal et al. 2021, next to the paper's)
+and PNG figures. Incomplete runs and runs with NaN are named and left out.
+
+An arm is called what the study file calls it. Given run folders instead, it is called by the
+logged arguments, as in the paper's tables (MTPPO GMP), with any other argument in which such runs
+differ.
+
+    python benchmark/report.py benchmark/studies/experiment1_mt5_mtppo.toml --out report
+    python benchmark/report.py runs/some_run runs/folder_of_runs
+"""
+
+import csv
+import itertools
+import logging
+import math
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from scipy.stats import DegenerateDataWarning, bootstrap, rankdata, trim_mean
+from sweep import fail, read_study
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+RESAMPLES = 2000
+ARCHITECTURES = ("MTPPO", "MoE", "MOORE", "MT-SAC")
+# Arguments that do not make another arm
+NEUTRAL = {"benchmark", "seed", "run_dir", "resume", "num_threads", "device"}
+NEUTRAL |= {"checkpoint_frequency", "vectorization"}
+CURVES = {
+    "actor_dormant_ratio": "dormant neurons of the actor",
+    "critic_dormant_ratio": "dormant neurons of the critic",
+    "actor_effective_rank": "effective rank of the actor",
+    "fisher_trace": "Fisher trace of the actor",
+}
+# Okabe and Ito's colours, told apart with any colour vision; markers for print in grey
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS = "osD^vPX*"
+TEXT = """# Report
+
+{runs} runs. IQM over seeds x tasks, with its 95 % stratified bootstrap interval ({resamples}
+resamples); overlap: whether this interval and the paper's do.
+
+{table}
+
+![](learning_curves.png)
+![](final_returns.png)
+![](plasticity.png)
+
+## Dormancy and return
+
+Over all runs of a panel, whatever their arm: share of dormant neurons and mean score of the tasks.
+
+{correlations}
+
+![](dormancy_return.png)
+
+## Left out
+
+{left_out}
+
+## Arguments that all runs share
+
+{shared}
+"""
+
+
+@dataclass
+class Args:
+    """Tables and figures of finished runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """study files, run folders, folders that hold run folders"""
+    out: Path = Path("report")
+    """folder to write to"""
+    timestep: int | None = None
+    """evaluation that the table and the figures of final values show (default: the last)"""
+    runs_dir: Path = Path("runs/sweep")
+    """folder of the run folders of a study file"""
+
+
+@dataclass
+class Run:
+    """What the log of one run says."""
+
+    folder: Path
+    problem: str = ""  # why it is left out
+    arm: str = ""
+    row: str = ""  # the arm of the paper that it is a run of
+    architecture: str = ""
+    benchmark: str = ""
+    seed: int = 0
+    args: dict[str, str] = field(default_factory=dict)
+    measure: str = ""  # what the scores are: normalized_return or success_rate
+    scores: dict[str, dict[int, float]] = field(default_factory=dict)  # task -> timestep -> score
+    metrics: dict[str, dict[int, float]] = field(default_factory=dict)  # name -> timestep -> value
+    at: int = 0  # the evaluation that the table and the figures of final values show
+    style: dict[str, str] = field(default_factory=dict)  # in figures
+
+
+# Reading
+
+
+def paper_arm(args: dict[str, str]) -> tuple[str, str]:
+    """Architecture, and the arm's name in the paper's table, of a run's logged arguments.
+
+    The log does not name the script, but each script has arguments that only it has.
+    """
+    markers = dict(MOORE="orthogonal_mix", MoE="num_experts") | {"MT-SAC": "prune"}
+    architecture = next((a for a, marker in markers.items() if marker in args), "MTPPO")
+    sparsifier = args.get("sparsifier", "set" if "set_zeta" in args else "gmp")
+    parts = []
+    if sparsifier != "none" and float(args["sparsity"]) and args.get("prune") != "none":
+        share = "" if float(args["sparsity"]) == 0.95 else f" {float(args['sparsity']):.4g}"
+        pruned = {"actor": " on the actor", "critic": " on the critic", "both": " on both"}
+        parts.append(sparsifier.upper() + share + pruned.get(args.get("prune"), ""))
+    if float(args["weight_decay"]):
+        parts.append("weight decay")
+    for name, label in {"layer_norm": "LayerNorm", "pcgrad": "PCGrad"}.items():
+        parts += [label] * (args.get(name) == "True")
+    for name, label in {"redo_frequency": "ReDo", "reset_frequency": "Reset"}.items():
+        parts += [label] * (args.get(name, "0") != "0")
+    return architecture, f"{architecture} {' + '.join(parts) or 'dense'}"
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's log; its problem is set if it has not reached its end or holds NaN."""
+    run = Run(folder)
+    if not any(folder.glob("events.out.tfevents.*")):
+        run.problem = "not started"
+        return run
+    # Reload drops what a killed process logged after the checkpoint that its successor began from
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    if "args/text_summary" not in log.Tags()["tensors"]:
+        run.problem = "not started (its log holds no arguments)"
+        return run
+    text = log.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+    rows = [line.strip("|").split("|", 1) for line in text.splitlines()[2:]]
+    run.args = args = dict(rows)
+    run.architecture, run.row = paper_arm(args)
+    custom = {args.get("env_ids", "()"), args.get("env_names", "()")} != {"()"}
+    run.benchmark, run.seed = "custom" if custom else args["benchmark"], int(args["seed"])
+
+    reached = 0
+    for tag in log.Tags()["scalars"]:
+        kind, name, *rest = tag.split("/")
+        values = {event.step: event.value for event in log.Scalars(tag)}
+        if kind == "eval" and name in ("normalized_return", "success_rate") and rest:
+            run.measure, run.scores[rest[0]] = name, values
+        elif kind == "plasticity":
+            run.metrics[name] = values
+        elif kind == "sparsity" and not rest:
+            run.metrics[f"{name}_sparsity"] = values
+            iteration, reached = min(values), max(values)  # logged in every iteration
+        # Explained variance alone may be undefined: where a rollout's returns do not vary
+        if kind in ("eval", "plasticity", "losses") and name != "explained_variance":
+            bad = [step for step, value in values.items() if not math.isfinite(value)]
+            if bad and not run.problem:
+                run.problem = f"NaN or infinity in {tag} from timestep {bad[0]}"
+    if run.problem:
+        return run
+    total = int(args["total_timesteps"])
+    evaluated = min((max(values) for values in run.scores.values()), default=0)
+    if not evaluated or min(reached, evaluated) + iteration <= total:
+        run.problem = f"incomplete: at timestep {reached} of {total}"
+    return run
+
+
+def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
+    """Complete runs, in the order of their arms, and those left out."""
+    found = {}  # (folder, arm's name in a study) -> run
+    for path in args.runs:
+        if path.suffix == ".toml":
+            for planned in read_study(path, args.runs_dir):
+                run = read_run(planned.folder)
+                run.arm = planned.arm
+                found.setdefault((planned.folder, planned.arm), run)
+        else:
+            folders = {log.parent for log in path.rglob("events.out.tfevents.*")}
+            if not folders:
+                fail(f"{path}: must be a study file, a run folder or a folder of run folders")
+            for folder in sorted(folders):
+                found.setdefault((folder.resolve(), ""), read_run(folder))
+    left_out = [run for run in found.values() if run.problem]
+    runs = [run for run in found.values() if not run.problem]
+    if not runs:
+        fail(f"none of {len(left_out)} runs is complete, the first is {left_out[0].problem}")
+
+    for alike in group([run for run in runs if not run.arm], "row").values():  # of no study
+        names = {n for run in alike for n, x in run.args.items() if x != alike[0].args.get(n)}
+        for run in alike:
+            own = [f", {n.replace('_', ' ')} {run.args.get(n)}" for n in sorted(names - NEUTRAL)]
+            run.arm = run.row + "".join(own)
+    rows = list(dict.fromkeys(arm for _, arm in read_paper()))
+    order = {arm: i for i, arm in enumerate(dict.fromkeys(run.arm for run in runs))}
+    if not any(path.suffix == ".toml" for path in args.runs):  # the paper's order
+        ranks = {run.arm: rows.index(run.row) if run.row in rows else len(rows) for run in runs}
+        order = {arm: (rank, arm) for arm, rank in ranks.items()}
+    runs.sort(key=lambda run: (ARCHITECTURES.index(run.architecture), order[run.arm], run.seed))
+    for a, b in itertools.pairwise(sorted(runs, key=lambda r: (r.arm, r.benchmark, r.seed))):
+        if (a.arm, a.benchmark, a.seed) == (b.arm, b.benchmark, b.seed):
+            fail(f"{a.folder} and {b.folder}: both {a.arm} on {a.benchmark} with seed {a.seed}")
+    return runs, left_out
+
+
+def read_paper() -> dict[tuple[str, str], tuple[float, float, float]]:
+    """(benchmark, arm) -> IQM and interval of the paper's table."""
+    with open(Path(__file__).parent / "paper.csv") as file:
+        _, *rows = csv.reader(file)
+    return {(benchmark, arm): tuple(map(float, row)) for benchmark, arm, *row in rows}
+
+
+# Statistics
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Mean of the middle half of scores (..., seed, task), over seeds and tasks: (...)."""
+    return trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
+
+
+def iqm_interval(scores: np.ndarray) -> np.ndarray | None:
+    """95 % interval of the IQM of scores (..., seed, task): (2, ...), or None with one seed.
+
+    Stratified: every resample draws seeds anew for each task, and keeps all tasks.
+    """
+
+    def statistic(*tasks, axis):
+        return trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
+
+    if scores.shape[-2] == 1:
+        return None
+    result = bootstrap(
+        [scores[..., task] for task in range(scores.shape[-1])],
+        statistic,
+        **dict(n_resamples=RESAMPLES, batch=200, method="percentile", axis=-1),
+        rng=np.random.default_rng(0),
+    )
+    return np.array(result.confidence_interval)
+
+
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Rank correlation along an axis, NaN where either does not vary."""
+    x, y = (rankdata(values, axis=axis) for values in (x, y))
+    x, y = (ranks - ranks.mean(axis, keepdims=True) for ranks in (x, y))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+
+
+def describe_correlation(x: np.ndarray, y: np.ndarray) -> str:
+    """Spearman's correlation over runs, with its 95 % bootstrap interval, in words."""
+    if len(x) < 3:
+        return f"no correlation ({len(x)} of at least 3 runs)"
+    if not (np.ptp(x) and np.ptp(y)):
+        return "no correlation (equal in all runs)"
+    with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):
+        result = bootstrap(
+            (x, y),
+            spearman,
+            **dict(n_resamples=RESAMPLES, method="percentile", paired=True),
+            rng=np.random.default_rng(0),
+        )
+    # Resamples in which a side does not vary, with their warning, have no correlation
+    low, high = np.nanquantile(result.bootstrap_distribution, (0.025, 0.975))
+    return f"Spearman {spearman(x, y):.2f} ({low:.2f}, {high:.2f}), {len(x)} runs"
+
+
+# Groups of runs
+
+
+def group(runs: list[Run], *names: str) -> dict[tuple, list[Run]]:
+    """Runs by these attributes, in the order of the runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(getattr(run, name) for name in names), []).append(run)
+    return groups
+
+
+def common_timesteps(series: list[dict[int, float]]) -> list[int]:
+    """The timesteps at which all series have a value."""
+    return sorted(set.intersection(*map(set, series)))
+
+
+def choose_timestep(runs: list[Run], timestep: int | None) -> None:
+    """Set the asked evaluation, or the last, of an arm's runs on a benchmark."""
+    evaluated = common_timesteps([scores for run in runs for scores in run.scores.values()])
+    if timestep is not None and timestep not in evaluated:
+        fail(f"--timestep {timestep}: must be an evaluation of {runs[0].arm}, one of {evaluated}")
+    for run in runs:
+        run.at = evaluated[-1] if timestep is None else timestep
+
+
+def final_scores(runs: list[Run]) -> np.ndarray:
+    """Scores of an arm on a benchmark at the chosen evaluation: (seed, task)."""
+    return np.array([[scores[run.at] for scores in run.scores.values()] for run in runs])
+
+
+# Tables
+
+
+def write_results(runs: list[Run], path: Path) -> None:
+    """One row per run, task and evaluation."""
+    metrics = sorted({name for run in runs for name in run.metrics})
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        measure = "/".join(sorted({run.measure for run in runs}))
+        writer.writerow(["arm", "benchmark", "seed", "timestep", "task", measure, *metrics])
+        for run in runs:
+            for timestep in common_timesteps(list(run.scores.values())):
+                values = [run.metrics.get(name, {}).get(timestep) for name in metrics]
+                shown = ["" if value is None else f"{value:.5g}" for value in values]
+                for task, scores in run.scores.items():
+                    row = [run.arm, run.benchmark, run.seed, timestep, task]
+                    writer.writerow([*row, f"{scores[timestep]:.5g}", *shown])
+
+
+def results_table(runs: list[Run]) -> list[str]:
+    """IQM and interval per arm and benchmark next to the paper's, as lines of markdown."""
+    paper = read_paper()
+    lines = ["| benchmark | arm | seeds | timestep | IQM (95 % interval) | paper | overlap |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    groups = sorted(group(runs, "benchmark", "arm").items(), key=lambda item: item[0][0])
+    for (benchmark, arm), own in groups:
+        scores, theirs = final_scores(own), paper.get((benchmark, own[0].row))
+        interval = iqm_interval(scores)
+        shown, expected, overlap = "no interval: 1 seed", "-", "-"
+        if interval is not None:
+            shown = "{:.2f}, {:.2f}".format(*interval)
+        if theirs:
+            expected = "{:.2f} ({:.2f}, {:.2f})".format(*theirs)
+        if theirs and interval is not None:
+            overlap = "yes" if interval[0] <= theirs[2] and theirs[1] <= interval[1] else "no"
+        ours = f"{iqm(scores):.2f} ({shown})"
+        cells = [benchmark, arm, len(own), own[0].at, ours, expected, overlap]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+# Figures
+
+
+def choose_styles(runs: list[Run]) -> None:
+    """Set colour and marker of every arm, the same in all figures; its label is the arm's name
+    without the architecture, which titles the panel."""
+    labels = [run.arm.removeprefix(f"{run.architecture} ") for run in runs]
+    order = list(dict.fromkeys(labels))
+    for run, label in zip(runs, labels, strict=True):
+        i = order.index(label) % len(COLOURS)
+        run.style = dict(color=COLOURS[i], marker=MARKERS[i], label=label)
+
+
+def panels(rows: int, columns: int, width: float, height: float, sharey):
+    """A figure and its axes (row, column), of this width and height each in inches."""
+    size = (width * columns, height * rows + 0.5)
+    return plt.subplots(
+        rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained"
+    )
+
+
+def finish(figure, path: Path) -> None:
+    """One legend below all panels, and save."""
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    columns = min(len(entries), 4 if figure.get_figwidth() > 8 else 2)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_curve(axes, runs: list[Run], series: list[list[dict[int, float]]]) -> None:
+    """IQM over time, with its band, of an arm's series[seed][task]."""
+    timesteps = common_timesteps([values for seed in series for values in seed])
+    values = np.array([[[task[t] for task in seed] for seed in series] for t in timesteps])
+    marks = dict(markevery=0.1, markersize=4, clip_on=False)
+    axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
+    interval = iqm_interval(values)
+    if interval is not None:
+        axes.fill_between(
+            timesteps, *interval, color=runs[0].style["color"], alpha=0.2, linewidth=0
+        )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("timesteps")
+
+
+def plot_learning_curves(runs: list[Run], path: Path) -> None:
+    """IQM over training: an architecture per row, a benchmark per column."""
+    rows, columns = group(runs, "architecture"), group(runs, "benchmark")
+    figure, axes = panels(len(rows), len(columns), 4.5, 3.2, sharey=True)
+    cells = itertools.product(rows, columns)
+    for panel, ((architecture,), (benchmark,)) in zip(axes.flat, cells, strict=True):
+        own = [run for run in rows[(architecture,)] if run.benchmark == benchmark]
+        panel.set_visible(bool(own))
+        for arm in group(own, "arm").values():
+            draw_curve(panel, arm, [list(run.scores.values()) for run in arm])
+            panel.set_ylabel(f"{arm[0].measure.replace('_', ' ')} (IQM)")
+        panel.set_title(f"{architecture}, {benchmark}")
+    finish(figure, path)
+
+
+def plot_plasticity(runs: list[Run], path: Path) -> None:
+    """The four plasticity metrics over training, a row per architecture and benchmark."""
+    rows = group(runs, "architecture", "benchmark")
+    figure, axes = panels(len(rows), len(CURVES), 3.5, 2.9, sharey="col")
+    for (title, own), row in zip(rows.items(), axes, strict=True):
+        for panel, (metric, name) in zip(row, CURVES.items(), strict=True):
+            for arm in group(own, "arm").values():
+                draw_curve(panel, arm, [[run.metrics[metric]] for run in arm])
+            panel.set_title(f"{', '.join(title)}\n{name}", fontsize=10)
+            panel.set_ylim(bottom=0)
+    finish(figure, path)
+
+
+def plot_final_scores(runs: list[Run], path: Path) -> None:
+    """Each task's score: a small mark per seed, a large one for their IQM with its interval."""
+    rows = group(runs, "architecture", "benchmark")
+    figure, axes = panels(len(rows), 1, 10, 3.2, sharey=True)
+    for (title, own), panel in zip(rows.items(), axes.flat, strict=True):
+        tasks, arms = [*own[0].scores, "all tasks"], group(own, "arm").values()
+        for number, arm in enumerate(arms):
+            scores, style = final_scores(arm), arm[0].style
+            places = np.arange(len(tasks)) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
+            for seed in scores:
+                small = style | dict(s=9, alpha=0.5, linewidths=0, label="_")
+                panel.scatter(places[:-1], seed, **small)
+            for place, sample in zip(places, [*scores.T[..., None], scores], strict=True):
+                interval = iqm_interval(sample)
+                if interval is not None:
+                    panel.vlines(place, *interval, color=style["color"], linewidth=1.5)
+                panel.plot(place, iqm(sample), **style, linestyle="")
+        panel.axvline(len(tasks) - 1.5, color="#999999", linewidth=0.8)
+        panel.set_xticks(range(len(tasks)), tasks, fontsize=8)
+        panel.set(title=", ".join(title), ylabel=own[0].measure.replace("_", " "))
+    finish(figure, path)
+
+
+def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
+    """Dormancy against score over runs, a row per architecture and benchmark; the correlations as
+    lines of markdown."""
+    rows, lines = group(runs, "architecture", "benchmark"), []
+    figure, axes = panels(len(rows), 2, 4.5, 3.4, sharey=True)
+    for (title, own), row in zip(rows.items(), axes, strict=True):
+        for panel, network in zip(row, ("actor", "critic"), strict=True):
+            x, y = [], final_scores(own).mean(-1)
+            for run, score in zip(own, y, strict=True):
+                dormancy = run.metrics[f"{network}_dormant_ratio"]
+                x.append(dormancy[max(t for t in dormancy if t <= run.at)])
+                panel.plot(x[-1], score, **run.style, linestyle="")
+            correlation = describe_correlation(np.array(x), y)
+            lines.append(f"- {', '.join(title)}, {network}: {correlation}")
+            panel.set_title(f"{', '.join(title)}\n{correlation}", fontsize=10)
+            panel.xaxis.set_major_locator(MaxNLocator(5))
+            panel.set_xlabel(f"dormant neurons of the {network}")
+            panel.set_ylabel(f"{own[0].measure.replace('_', ' ')}, mean of tasks")
+    finish(figure, path)
+    return lines
+
+
+def report(args: Args) -> None:
+    """Write the whole report."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
+    matplotlib.use("Agg")
+    runs, left_out = read_runs(args)
+    for own in group(runs, "benchmark", "arm").values():
+        choose_timestep(own, args.timestep)
+    choose_styles(runs)
+    table = results_table(runs)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: must be a folder to write to ({error.strerror})")
+    write_results(runs, args.out / "results.csv")
+    plot_learning_curves(runs, args.out / "learning_curves.png")
+    plot_plasticity(runs, args.out / "plasticity.png")
+    plot_final_scores(runs, args.out / "final_returns.png")
+    correlations = plot_dormancy(runs, args.out / "dormancy_return.png")
+    shared = [
+        f"`{k}` {v}"
+        for k, v in runs[0].args.items()
+        if k not in NEUTRAL - {"benchmark"} and all(run.args.get(k) == v for run in runs)
+    ]
+    named = [f"{run.folder.name}: {run.problem}" for run in left_out]
+    text = TEXT.format(
+        runs=len(runs),
+        resamples=RESAMPLES,
+        table="\n".join(table),
+        correlations="\n".join(correlations),
+        left_out="\n".join(f"- {line}" for line in named) or "Nothing.",
+        shared=", ".join(shared),
+    )
+    (args.out / "report.md").write_text(text)
+    print(f"wrote {args.out}: {len(runs)} runs", *table, sep="\n")
+    print("\n".join(f"left out {line}" for line in named), end="\n" * bool(named))
+
+
+if __name__ == "__main__":
+    report(tyro.cli(Args))

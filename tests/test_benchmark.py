@@ -1,0 +1,417 @@
+"""Sweeps and reports: studies, kills, failing arms, statistics, what is left out."""
+
+import csv
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+import moe_sparse
+import moore_sparse
+import mtppo_gmp
+import mtppo_set
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmark"))
+
+import report  # noqa: E402
+import sweep  # noqa: E402
+
+STUDIES = sorted((ROOT / "benchmark" / "studies").glob("*.toml"))
+MT3 = ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
+
+
+# Statistics
+
+
+def test_iqm_by_hand():
+    assert report.iqm(np.array([[0.0], [1], [2], [3], [4], [5], [6], [100]])) == 3.5
+    # 2 seeds x 3 tasks: of six scores one is cut at each end
+    assert report.iqm(np.array([[0.0, 0.5, 0.9], [0.1, 0.6, 1.0]])) == pytest.approx(2.1 / 4)
+    # (timestep, seed, task) -> (timestep,)
+    assert report.iqm(np.array([[[0.0], [1]], [[2], [4]]])).tolist() == [0.5, 3]
+
+
+def test_interval_by_hand():
+    # The resamples of two seeds are 00, 01, 10, 11, with means 0, 1/2, 1/2, 1
+    assert report.iqm_interval(np.array([[0.0], [1.0]])).tolist() == [0, 1]
+    assert report.iqm_interval(np.array([[[0.0], [1]], [[2], [4]]])).T.tolist() == [[0, 1], [2, 4]]
+
+
+def test_interval_is_stratified_by_task():
+    # Every resample keeps both tasks, and the seeds of a task agree: nothing can vary
+    assert report.iqm_interval(np.array([[0.2, 0.8]] * 4)) == pytest.approx(0.5)
+
+
+def test_interval_against_every_resample():
+    scores = np.array([[0.1, 0.5], [0.4, 0.6], [0.9, 0.8]])
+    draws = list(itertools.product(range(3), repeat=3))
+    every = [
+        report.iqm(np.stack([scores[list(a), 0], scores[list(b), 1]], axis=1))
+        for a, b in itertools.product(draws, draws)
+    ]
+    expected = np.quantile(every, (0.025, 0.975))
+    assert report.iqm_interval(scores) == pytest.approx(expected, abs=0.03)
+
+
+def test_one_seed_has_no_interval():
+    assert report.iqm_interval(np.array([[0.1, 0.2, 0.3]])) is None
+
+
+def test_spearman_by_hand():
+    x, y = np.array([1.0, 2, 3, 4]), np.array([1.0, 30, 20, 400])
+    assert report.spearman(x, y) == pytest.approx(0.8)  # 1 - 6 * (1 + 1) / (4 * 15)
+    assert "Spearman 1.00 (1.00, 1.00), 8 runs" == report.describe_correlation(
+        np.arange(8.0), np.arange(8.0) ** 3
+    )
+    assert "equal in all runs" in report.describe_correlation(np.zeros(8), np.arange(8.0))
+    assert "2 of at least 3 runs" in report.describe_correlation(np.arange(2), np.arange(2))
+
+
+# Reports
+
+
+def write_log(
+    folder, script=mtppo_gmp, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None, **flags
+):
+    """The log of a run of 400 timesteps with two evaluations; scores are of MT3's tasks."""
+    args = script.Args(**dict(benchmark="MT3", total_timesteps=400, num_steps=100) | flags)
+    with SummaryWriter(str(folder), purge_step=purge) as writer:
+        if not purge:
+            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+            writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
+        for step in range(purge or 100, until + 1, 100):
+            writer.add_scalar("sparsity/actor", args.sparsity, step)
+            writer.add_scalar("sparsity/actor/conv1", 0.5, step)
+            writer.add_scalar("losses/explained_variance", float("nan"), step)
+            for i, name in enumerate(report.CURVES):
+                value = step * (i + args.seed + np.nansum(scores)) / 1000
+                writer.add_scalar(
+                    f"plasticity/{name}", float("nan") if step == nan_at else value, step
+                )
+            if step % 200 == 0:
+                for task, score in zip(MT3, scores, strict=True):
+                    writer.add_scalar(f"eval/normalized_return/{task}", score * step / 400, step)
+    return folder
+
+
+def write_report(out, *runs, **changes):
+    report.report(report.Args(runs=runs, out=out, **changes))
+    return (out / "report.md").read_text()
+
+
+def test_report_of_two_arms(tmp_path, capsys):
+    for seed, shift in ((1, 0.0), (2, 0.3)):
+        scores = [x + shift for x in (0.5, 0.55, 0.6)]
+        write_log(tmp_path / "runs" / f"gmp{seed}", seed=seed, scores=scores)
+        write_log(tmp_path / "runs" / f"dense{seed}", seed=seed, sparsity=0, scores=(0.1, 0.1, 0.1))
+    text = write_report(tmp_path / "out", tmp_path / "runs")
+    # One of six is cut at each end: the mean of 0.55, 0.6, 0.8, 0.85
+    assert re.search(r"^\| MT3 \| MTPPO GMP \| 2 \| 400 \| 0\.70 \(0\.\d\d, 0\.\d\d\) ", text, re.M)
+    paper = "0.77 (0.73, 0.80) | yes |"
+    assert paper in text and text.index("MTPPO dense") < text.index("MTPPO GMP")
+    assert "| MTPPO dense | 2 | 400 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
+    assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400 |" in capsys.readouterr().out
+    names = "learning_curves final_returns plasticity dormancy_return".split()
+    assert all(f"![]({name}.png)" in text for name in names)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("report.md", "results.csv"),
+        *(f"{name}.png" for name in names),
+    }
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(rows) == 2 * 2 * 2 * 3  # arms, seeds, evaluations, tasks
+    assert rows[0] == dict(
+        **dict(arm="MTPPO dense", benchmark="MT3", seed="1", timestep="200", task="LavaGapS7"),
+        **dict(normalized_return="0.05", actor_dormant_ratio="0.26", critic_dormant_ratio="0.46"),
+        **dict(actor_effective_rank="0.66", fisher_trace="0.86", actor_sparsity="0"),
+    )
+    earlier = write_report(tmp_path / "earlier", tmp_path / "runs", timestep=200)
+    assert "| MTPPO dense | 2 | 200 | 0.05 (0.05, 0.05) |" in earlier
+
+
+def test_a_run_with_nan_is_named_and_never_averaged_in(tmp_path):
+    write_log(tmp_path / "good1", seed=1)
+    write_log(tmp_path / "good2", seed=2)
+    for name, wrong in (
+        ("bad", dict(scores=(0.9, float("nan"), 0.9))),
+        ("worse", dict(nan_at=200)),
+    ):
+        write_log(tmp_path / name, seed=3, **wrong)
+    text = write_report(tmp_path / "out", tmp_path)
+    assert "| MTPPO GMP | 2 | 400 | 0.60 (0.60, 0.60) |" in text
+    assert (
+        "- bad: NaN or infinity in eval/normalized_return/RedBlueDoors-6x6 from timestep 200"
+        in text
+    )
+    assert "- worse: NaN or infinity in plasticity/" in text
+    assert "nan" not in (tmp_path / "out" / "results.csv").read_text()
+
+
+def test_a_half_finished_run_is_named_and_left_out_until_it_ends(tmp_path):
+    write_log(tmp_path / "whole", seed=1)
+    write_log(tmp_path / "half", seed=2, until=300)
+    text = write_report(tmp_path / "out", tmp_path)
+    assert "- half: incomplete: at timestep 300 of 400" in text
+    assert "| MTPPO GMP | 1 | 400 | 0.60 (no interval: 1 seed) |" in text
+    time.sleep(1.1)  # logs are read in the order of their names, which hold the second
+    write_log(tmp_path / "half", seed=2, purge=200, scores=(0.9, 0.9, 0.9))
+    assert "Nothing." in write_report(tmp_path / "again", tmp_path)
+    rows = csv.DictReader((tmp_path / "again" / "results.csv").open())
+    resumed = [row["normalized_return"] for row in rows if row["seed"] == "2"]
+    assert resumed == ["0.45"] * 3 + ["0.9"] * 3  # not what the first process logged from 200 on
+
+
+def test_arms_are_called_by_their_arguments():
+    def name(script, **flags):
+        args = {k: str(v) for k, v in asdict(script.Args(**flags)).items()}
+        return report.paper_arm(args)[1]
+
+    assert name(mtppo_gmp) == "MTPPO GMP" and name(mtppo_set) == "MTPPO SET"
+    assert name(mtppo_gmp, sparsity=0) == "MTPPO dense"
+    assert name(mtppo_gmp, sparsity=0.99) == "MTPPO GMP 0.99"
+    assert name(mtppo_gmp, sparsity=0, weight_decay=1e-6) == "MTPPO weight decay"
+    assert name(mtppo_gmp, weight_decay=1e-6) == "MTPPO GMP + weight decay"
+    assert name(mtppo_gmp, sparsity=0, layer_norm=True) == "MTPPO LayerNorm"
+    assert name(mtppo_gmp, sparsity=0, redo_frequency=5000) == "MTPPO ReDo"
+    assert name(mtppo_gmp, sparsity=0, reset_frequency=100_000) == "MTPPO Reset"
+    assert name(mtppo_gmp, pcgrad=True) == "MTPPO GMP + PCGrad"
+    assert name(moe_sparse) == "MoE GMP" and name(moe_sparse, sparsifier="none") == "MoE dense"
+    assert name(moore_sparse, sparsifier="set") == "MOORE SET"
+    mtsac = dict(sparsifier="gmp", sparsity="0.95", weight_decay="0.0")
+    names = [report.paper_arm(mtsac | dict(prune=p))[1] for p in ("none", "actor", "both")]
+    assert names == ["MT-SAC dense", "MT-SAC GMP on the actor", "MT-SAC GMP on both"]
+
+
+def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
+    write_log(tmp_path / "a", prune_scope="layer")
+    write_log(tmp_path / "b", prune_scope="global")
+    write_log(tmp_path / "c", sparsity=0)
+    text = write_report(tmp_path / "out", tmp_path)
+    assert "| MTPPO GMP, prune scope layer | 1 |" in text
+    assert "| MTPPO GMP, prune scope global | 1 |" in text and "| MTPPO dense | 1 |" in text
+
+
+def one_line_of_error(capsys, function, *args):
+    with pytest.raises(SystemExit) as ended:
+        function(*args)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
+    def error(*runs, **changes):
+        args = report.Args(runs=runs, out=tmp_path / "out", **changes)
+        return one_line_of_error(capsys, report.report, args)
+
+    assert "must be a study file, a run folder" in error(tmp_path)
+    write_log(tmp_path / "half", until=200)
+    assert "none of 1 runs is complete" in error(tmp_path / "half")
+    a, b = write_log(tmp_path / "a"), write_log(tmp_path / "b")
+    assert "both MTPPO GMP on MT3 with seed 1" in error(a, b)
+    assert "--timestep 300: must be an evaluation" in error(a, timestep=300)
+    assert not (tmp_path / "out").exists()
+
+
+# Studies
+
+
+def study_file(path, *arms, seeds="[1]"):
+    """A study of arms (name, script, flags as TOML) on MT3."""
+    tables = [
+        f'[[arms]]\nname = "{name}"\nscript = "{script}"\nflags = {{ {flags} }}\n'
+        for name, script, flags in arms
+    ]
+    path.write_text(f'benchmarks = ["MT3"]\nseeds = {seeds}\n' + "".join(tables))
+    return path
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_the_studies_of_the_repository(path, tmp_path):
+    runs = sweep.read_study(path, tmp_path)
+    assert len({run.folder for run in runs}) == len(runs)
+    assert {run.seed for run in runs} >= {1, 2, 3}
+
+
+def test_studies_share_their_runs(tmp_path):
+    folders = {
+        path.stem: {run.folder for run in sweep.read_study(path, tmp_path)} for path in STUDIES
+    }
+    one, table = folders["experiment1_mt5_mtppo"], folders["table1"]
+    assert len(one) == 15 and one < table
+    assert folders["experiment3_architectures_mt3"] < table
+    assert (
+        len(one & folders["prune_scope"]) == 3 and len(one & folders["experiment2_schedule"]) == 5
+    )
+    assert not one & folders["fair_critic"]
+    assert len(table) == 30 * 3 * (7 + 5 + 5)
+
+
+def test_the_paper_has_figures_for_every_arm_of_table1(tmp_path):
+    paper = report.read_paper()
+    runs = sweep.read_study(ROOT / "benchmark" / "studies" / "table1.toml", tmp_path)
+    assert {(run.benchmark, run.arm) for run in runs} < paper.keys()
+    assert len(paper) == 3 * 21 + 3
+    assert all(low <= middle <= high for middle, low, high in paper.values())
+
+
+GMP = ("GMP", "mtppo_gmp.py", "")
+BAD_STUDIES = {
+    "must be a study file": None,
+    "must be TOML": "arms = [",
+    "must hold arms, benchmarks and seeds": "seeds = [1]",
+    "benchmarks must be a list of names": 'arms = []\nbenchmarks = ["MT3", "MT3"]\nseeds = [1]',
+    "seeds must be a list of integers, each once": [GMP, dict(seeds="[1, 1]")],
+    "seeds must be a list of integers": [GMP, dict(seeds="3")],
+    "must hold at least one [[arms]]": 'arms = []\nbenchmarks = ["MT3"]\nseeds = [1]',
+    "an arm must have name, script and maybe flags": (
+        'benchmarks = ["MT3"]\nseeds = [1]\n[[arms]]\nname = "GMP"'
+    ),
+    "is not a script": [("GMP", "mtppo.py", ""), {}],
+    "GMP: mtppo_gmp.py has no --sparsty": [("GMP", "mtppo_gmp.py", "sparsty = 0"), {}],
+    "GMP: --seed is not an arm's to give": [("GMP", "mtppo_gmp.py", "seed = 3"), {}],
+    "GMP: --layer-norm False: must be": [("GMP", "mtppo_gmp.py", "layer-norm = false"), {}],
+    "two arms are called GMP": [GMP, ("GMP", "mtppo_set.py", ""), {}],
+    "again: another arm has the same script and flags": [GMP, ("again", "mtppo_gmp.py", ""), {}],
+}
+
+
+@pytest.mark.parametrize("message", BAD_STUDIES)
+def test_bad_studies_are_refused(message, tmp_path, capsys):
+    path, bad = tmp_path / "study.toml", BAD_STUDIES[message]
+    if isinstance(bad, list):
+        *arms, options = bad
+        study_file(path, *arms, **options)
+    elif bad:
+        path.write_text(bad)
+    assert message in one_line_of_error(capsys, sweep.read_study, path, tmp_path)
+
+
+def test_bad_flags_of_a_sweep_are_refused(tmp_path, capsys, monkeypatch):
+    path, runs_dir = study_file(tmp_path / "study.toml", GMP), tmp_path / "runs"
+
+    def error(**flags):
+        args = sweep.Args(study=path, runs_dir=runs_dir, **flags)
+        return one_line_of_error(capsys, sweep.sweep, args)
+
+    assert "--jobs 0: must be at least 1" in error(jobs=0)
+    assert "--num-threads 0: must be at least 1" in error(num_threads=0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "--executor slurm: finds no sbatch" in error(executor="slurm")
+    assert not runs_dir.exists()
+
+
+# Sweeps
+
+TINY = dict(
+    **dict(total_timesteps=1500, num_steps=50, minibatch_size=25, update_epochs=1),
+    **dict(eval_frequency=500, eval_episodes=1, plasticity_batch_size=60),
+    **dict(plasticity_buffer_size=300, checkpoint_frequency=50),
+)
+TINY_FLAGS = ", ".join(f"{name.replace('_', '-')} = {value}" for name, value in TINY.items())
+
+
+def sweep_command(study, runs_dir, *flags):
+    words = [sys.executable, ROOT / "benchmark" / "sweep.py", study, "--runs-dir", runs_dir, *flags]
+    return [str(word) for word in words]
+
+
+def run_sweep(study, runs_dir, *flags):
+    """A sweep in a working folder of its own: its exit code and output."""
+    command = sweep_command(study, runs_dir, *flags)
+    ended = subprocess.run(command, cwd=study.parent, capture_output=True, text=True)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def scalars(folder):
+    """tag -> [(step, value)] of all that must be the same in two equal runs."""
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = [t for t in log.Tags()["scalars"] if not t.startswith("time/") and t != "charts/SPS"]
+    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in tags}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The scalars of the tiny run, never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    mtppo_gmp.train(mtppo_gmp.Args(**TINY, benchmark="MT3", num_threads=1, run_dir=str(folder)))
+    return scalars(folder)
+
+
+def test_a_failing_arm_stops_no_other_and_studies_share_runs(tmp_path, whole_run):
+    good = ("good", "mtppo_gmp.py", TINY_FLAGS)
+    study = study_file(tmp_path / "study.toml", ("bad", "mtppo_gmp.py", "gamma = 1.5"), good)
+    code, output = run_sweep(study, tmp_path / "runs")
+    assert code == 1 and "2 runs: 0 complete, 2 to run" in output
+    bad_name = "MT3__mtppo_gmp__gamma=1.5__1"
+    failed = rf"^{bad_name} .*NOT COMPLETE.*\n    error: --gamma 1.5: must be in \[0, 1\]$"
+    assert re.search(failed, output, re.M) and "1 of 2 runs are not complete" in output
+    assert re.search(r"^MT3__mtppo_gmp__check.*__1 .*: finished, final score 0\.\d+$", output, re.M)
+    [folder] = [p for p in (tmp_path / "runs").glob("MT3__*") if p.name != bad_name]
+    assert scalars(folder) == whole_run
+
+    other = study_file(tmp_path / "other.toml", ("another name", *good[1:]))
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run_sweep(other, tmp_path / "runs") == (
+        *(0, f"1 runs: 1 complete, 0 to run in {tmp_path / 'runs'}\n"),
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    text = write_report(tmp_path / "out", study, other, runs_dir=tmp_path / "runs")
+    assert "| MT3 | good | 1 | 1500 |" in text and "| MT3 | another name | 1 | 1500 |" in text
+    assert f"- {bad_name}: not started" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_sweep_goes_on_to_the_same_files(number, tmp_path, whole_run):
+    study = study_file(tmp_path / "study.toml", ("good", "mtppo_gmp.py", TINY_FLAGS))
+    command = sweep_command(study, tmp_path / "runs")
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipe) as process:
+        found = []
+        while not (found and torch.load(found[0])["timestep"] >= 100):
+            found = list((tmp_path / "runs").glob("MT3__*/checkpoint.pt"))
+            assert process.poll() is None
+            time.sleep(0.02)
+        # A terminal's Ctrl-C reaches the whole group, a kill the sweep alone
+        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+        output = process.communicate()[0]
+    [folder] = [path.parent for path in found]
+    if number != signal.SIGKILL:
+        assert process.returncode == 130 and "to go on: the same command" in output
+        assert "Traceback" not in output
+        assert re.match(r"stopped at timestep \d+, ", (folder / "output.txt").read_text())
+        assert torch.load(folder / "checkpoint.pt")["timestep"] < TINY["total_timesteps"]
+    code, output = run_sweep(study, tmp_path / "runs")
+    assert code == 0 and "1 to run" in output and "finished, final score" in output
+    assert scalars(folder) == whole_run
+    starts = len(list(folder.glob("events.*")))
+    # The run outlived the killed sweep, and the second sweep waited for it
+    assert starts == (1 if number == signal.SIGKILL else 2)
+
+
+def slurm_runs():
+    found = shutil.which("scontrol") and shutil.which("sbatch") and shutil.which("srun")
+    return found and b"UP" in subprocess.run(["scontrol", "ping"], capture_output=True).stdout
+
+
+@pytest.mark.skipif(not slurm_runs(), reason="no Slurm here, or its controller is not running")
+def test_the_same_study_on_slurm(tmp_path, whole_run):
+    good = ("good", "mtppo_gmp.py", TINY_FLAGS)
+    study = study_file(tmp_path / "study.toml", ("bad", "mtppo_gmp.py", "gamma = 1.5"), good)
+    code, output = run_sweep(study, tmp_path / "runs", "--executor", "slurm", "--time", "10")
+    assert code == 1 and "error: --gamma 1.5: must be" in output and "finished" in output
+    [folder] = (tmp_path / "runs").glob("MT3__mtppo_gmp__check*")
+    assert scalars(folder) == whole_run
