@@ -615,39 +615,50 @@ def actor_losses(logits, actions, old_log_probs, advantages, clip_coef: float, e
     return -(surrogate + ent_coef * entropy).mean(1), stats
 
 
-def fit_actor(actor, optimizer, rollout: Rollout, advantages: Tensor, args: Args) -> Tensor:
-    """Epochs of PPO on the actor; the mean of actor_losses' second result."""
+PART = 64  # samples per task that go through a network at once: more would leave the cache
+
+
+def fit_actor_in_parts(actor, optimizer, rollout: Rollout, advantages: Tensor, args: Args):
+    """Epochs of PPO on the actor, the gradient of each minibatch added up over its parts.
+
+    Returns the mean of actor_losses' second result.
+    """
     stats = []
     for _ in range(args.update_epochs):
-        for batch in minibatches(*advantages.shape, args.minibatch_size, advantages.device):
-            obs, actions, log_probs = (field[batch] for field in rollout[:3])
-            losses, batch_stats = actor_losses(
-                actor(obs), actions, log_probs, advantages[batch], args.clip_coef, args.ent_coef
-            )
+        for task, steps in minibatches(*advantages.shape, args.minibatch_size, advantages.device):
             optimizer.zero_grad()
-            losses.mean().backward()
+            batch_stats = 0.0
+            for part in steps.split(PART, dim=1):
+                share = part.shape[1] / steps.shape[1]
+                obs, actions, log_probs = (field[task, part] for field in rollout[:3])
+                losses, part_stats = actor_losses(
+                    *(actor(obs), actions, log_probs, advantages[task, part]),
+                    *(args.clip_coef, args.ent_coef),
+                )
+                (share * losses.mean()).backward()
+                batch_stats = batch_stats + share * part_stats
             optimizer.step()
             apply_masks(actor)
             stats.append(batch_stats)
     return torch.stack(stats).mean(0)
 
 
-def fit_critic(critic, optimizer, rollout: Rollout, returns: Tensor, args: Args) -> Tensor:
-    """Epochs of regression of the critic on the returns; its mean squared error."""
+def fit_critic_in_parts(critic, optimizer, rollout: Rollout, returns: Tensor, args: Args) -> Tensor:
+    """Epochs of regression of the critic on the returns, the gradient of each minibatch added up
+    over its parts; its mean squared error."""
     stats = []
     for _ in range(args.critic_epochs):
         for task, steps in minibatches(*returns.shape, args.critic_minibatch_size, returns.device):
             optimizer.zero_grad()
-            loss = 0.0
-            # In parts that stay in the cache; their gradients add up
-            for part in steps.split(args.minibatch_size, dim=1):
+            batch_loss = 0.0
+            for part in steps.split(PART, dim=1):
                 errors = critic(rollout.obs[task, part]).squeeze(-1) - returns[task, part]
-                share = errors.square().sum() / steps.numel()
-                share.backward()
-                loss = loss + share.detach()
+                loss = errors.square().sum() / steps.numel()
+                loss.backward()
+                batch_loss = batch_loss + loss.detach()
             optimizer.step()
             apply_masks(critic)
-            stats.append(loss)
+            stats.append(batch_loss)
     return torch.stack(stats).mean()
 
 
@@ -891,8 +902,8 @@ def train(args: Args) -> None:
         # Update
         with timed(seconds, "update"):
             advantages, returns, variance = estimate_advantages(critic, rollout, final, args)
-            value_loss = fit_critic(critic, optimizers["critic"], rollout, returns, args)
-            actor_stats = fit_actor(actor, optimizers["actor"], rollout, advantages, args)
+            value_loss = fit_critic_in_parts(critic, optimizers["critic"], rollout, returns, args)
+            actor_stats = fit_actor_in_parts(actor, optimizers["actor"], rollout, advantages, args)
             stats = torch.stack([value_loss, variance, *actor_stats]).tolist()
         names = "value_loss explained_variance policy_loss entropy approx_kl clipfrac".split()
         scalars = {f"losses/{name}": value for name, value in zip(names, stats, strict=True)}

@@ -21,6 +21,12 @@ from mtppo_gmp import TRAINING, Args, BatchedLinear, MultiHeadNetwork
 from plasticity_metrics import ObservationBuffer
 
 OBS_SHAPE = (7, 7, 3)
+UPDATES = {  # what each script calls its updates of actor and critic
+    mtppo_gmp: ("update_actor", "update_critic"),
+    mtppo_set: ("fit_actor", "fit_critic"),
+    moe_sparse: ("fit_actor_in_parts", "fit_critic_in_parts"),
+    moore_sparse: ("fit_actor_in_parts", "fit_critic_in_parts"),
+}
 
 
 def make_network(num_tasks=3, num_outputs=7, layer_norm=False):
@@ -165,9 +171,8 @@ def test_no_transition_crosses_a_reset(monkeypatch, tmp_path, script, num_steps)
         return torch.zeros(4)
 
     monkeypatch.setattr(script, "make_env", Countdown)
-    prefix = "update" if script is mtppo_gmp else "fit"
-    monkeypatch.setattr(script, f"{prefix}_critic", update_critic)
-    monkeypatch.setattr(script, f"{prefix}_actor", update_actor)
+    for name, function in zip(UPDATES[script], (update_actor, update_critic), strict=True):
+        monkeypatch.setattr(script, name, function)
     monkeypatch.setattr(script, "measure_plasticity", lambda *_: {})
     args = script.Args(
         num_steps=num_steps,
@@ -546,8 +551,7 @@ SCRIPTS = pytest.mark.parametrize(
 
 def updates_of(script):
     """The script's updates of actor and critic."""
-    prefix = "update" if script is mtppo_gmp else "fit"
-    return getattr(script, f"{prefix}_actor"), getattr(script, f"{prefix}_critic")
+    return (getattr(script, name) for name in UPDATES[script])
 
 
 def assert_step(network, before, lr):
@@ -558,8 +562,8 @@ def assert_step(network, before, lr):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("minibatch_size", [256, 15])  # in one part, in parts
-def test_the_critics_update_follows_the_plain_gradient(script, minibatch_size):
+@pytest.mark.parametrize("part", [256, 15])  # one part, three
+def test_the_critics_update_follows_the_plain_gradient(script, part, monkeypatch):
     """One batch and SGD: the step is the gradient of the loss, worked out sample by sample."""
     network, rollout = network_of(script, num_outputs=1), random_rollout()
     returns = torch.randn(3, 40)
@@ -569,14 +573,16 @@ def test_the_critics_update_follows_the_plain_gradient(script, minibatch_size):
     loss.backward()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     _, update_critic = updates_of(script)
-    args = script.Args(minibatch_size=minibatch_size)
-    mse = update_critic(network, optimizer, rollout, returns, args)
+    monkeypatch.setattr(script, "PART", part, raising=False)
+    mse = update_critic(network, optimizer, rollout, returns, script.Args(minibatch_size=part))
     assert mse.item() == pytest.approx(loss.item(), rel=1e-4)
     assert_step(network, before, 0.1)
 
 
 @SCRIPTS
-def test_the_actors_update_follows_the_plain_gradient(script):
+@pytest.mark.parametrize("part", [256, 15])
+def test_the_actors_update_follows_the_plain_gradient(script, part, monkeypatch):
+    monkeypatch.setattr(script, "PART", part, raising=False)
     network, rollout, advantages = network_of(script), random_rollout(), torch.randn(3, 40)
     before = copy.deepcopy(network)
     policy = torch.distributions.Categorical(logits=before(rollout.obs))
@@ -585,7 +591,9 @@ def test_the_actors_update_follows_the_plain_gradient(script):
     (-surrogate.mean() - 0.01 * policy.entropy().mean()).backward()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     update_actor, _ = updates_of(script)
-    update_actor(network, optimizer, rollout, advantages, script.Args(update_epochs=1))
+    stats = update_actor(network, optimizer, rollout, advantages, script.Args(update_epochs=1))
+    assert stats[0].item() == pytest.approx(-surrogate.mean().item(), rel=1e-3)
+    assert stats[1].item() == pytest.approx(policy.entropy().mean().item(), rel=1e-3)
     assert_step(network, before, 0.1)
 
 
