@@ -26,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-# Keep freed memory instead of giving it back after each update: 20 to 30 % off a CPU update
+# Keep freed memory instead of giving it back to the system after each update
 MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4294967296")
 OWN_FLAGS = {"benchmark", "seed", "run-dir", "resume", "num-threads"}  # not an arm's to give
 MAX_ARRAY = 1000  # jobs of a Slurm array, by Slurm's own default
