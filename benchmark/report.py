@@ -24,7 +24,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from scipy.stats import DegenerateDataWarning, bootstrap, rankdata, trim_mean
 from sweep import fail, read_study
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,16 +33,22 @@ RESAMPLES = 2000
 ARCHITECTURES = ("MTPPO", "MoE", "MOORE", "MT-SAC")
 # Arguments that do not make another arm
 NEUTRAL = {"benchmark", "seed", "run_dir", "resume", "num_threads", "device"}
-NEUTRAL |= {"checkpoint_frequency", "vectorization"}
+NEUTRAL |= {"checkpoint_frequency", "vectorization", "env_ids", "env_names"}
+# The paper's table holds for these arguments, at the end of its budget
+PAPER_ARGS = dict(num_steps="2000", update_epochs="8", minibatch_size="256", critic_epochs="1")
+PAPER_ARGS |= dict(critic_minibatch_size="2000", prune_start="0.05", prune_end="0.8")
+PAPER_TIMESTEPS = {"MT3": 400_000, "MT5": 400_000, "MT7": 400_000, "MT10": 20_000_000}
 CURVES = {
-    "actor_dormant_ratio": "dormant neurons of the actor",
-    "critic_dormant_ratio": "dormant neurons of the critic",
-    "actor_effective_rank": "effective rank of the actor",
-    "fisher_trace": "Fisher trace of the actor",
+    "actor_dormant_ratio": "dormant share, actor",
+    "critic_dormant_ratio": "dormant share, critic",
+    "actor_effective_rank": "effective rank, actor",
+    "fisher_trace": "Fisher trace, actor",
 }
 # Okabe and Ito's colours, told apart with any colour vision; markers for print in grey
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 MARKERS = "osD^vPX*"
+WIDTH = 7  # inches: a page's, so that a figure is printed in its own size
+FONT_SIZE = 8
 TEXT = """# Report
 
 {runs} runs. IQM over seeds x tasks, with its 95 % stratified bootstrap interval ({resamples}
@@ -145,8 +151,7 @@ def read_run(folder: Path) -> Run:
     rows = [line.strip("|").split("|", 1) for line in text.splitlines()[2:]]
     run.args = args = dict(rows)
     run.architecture, run.row = paper_arm(args)
-    custom = {args.get("env_ids", "()"), args.get("env_names", "()")} != {"()"}
-    run.benchmark, run.seed = "custom" if custom else args["benchmark"], int(args["seed"])
+    run.benchmark, run.seed = args["benchmark"], int(args["seed"])
 
     reached = 0
     for tag in log.Tags()["scalars"]:
@@ -164,46 +169,66 @@ def read_run(folder: Path) -> Run:
             bad = [step for step, value in values.items() if not math.isfinite(value)]
             if bad and not run.problem:
                 run.problem = f"NaN or infinity in {tag} from timestep {bad[0]}"
+    if {args.get("env_ids", "()"), args.get("env_names", "()")} != {"()"}:
+        run.benchmark = ", ".join(run.scores)
     if run.problem:
         return run
     total = int(args["total_timesteps"])
     evaluated = min((max(values) for values in run.scores.values()), default=0)
     if not evaluated or min(reached, evaluated) + iteration <= total:
-        run.problem = f"incomplete: at timestep {reached} of {total}"
+        run.problem = f"incomplete: at timestep {reached} of {total}, evaluated at {evaluated}"
     return run
 
 
+def differing_args(runs: list[Run]) -> list[str]:
+    """The arguments in which runs differ, but for those that do not make another arm."""
+    names = {name for run in runs for name in run.args} - NEUTRAL
+    return sorted(n for n in names if len({run.args.get(n) for run in runs}) > 1)
+
+
 def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
-    """Complete runs, in the order of their arms, and those left out."""
+    """Complete runs, in the order of benchmarks and arms, and those left out."""
     found = {}  # (folder, arm's name in a study) -> run
-    for path in args.runs:
+    planned = set()  # folders
+    for path in sorted(args.runs, key=lambda path: path.suffix != ".toml"):  # studies first
         if path.suffix == ".toml":
-            for planned in read_study(path, args.runs_dir):
-                run = read_run(planned.folder)
-                run.arm = planned.arm
-                found.setdefault((planned.folder, planned.arm), run)
+            for plan in read_study(path, args.runs_dir):
+                run = read_run(plan.folder)
+                run.arm = plan.arm
+                found.setdefault((plan.folder, plan.arm), run)
+                planned.add(plan.folder)
         else:
-            folders = {log.parent for log in path.rglob("events.out.tfevents.*")}
+            marks = ("events.out.tfevents.*", "checkpoint.pt", "output.txt")
+            folders = {file.parent.resolve() for mark in marks for file in path.rglob(mark)}
             if not folders:
                 fail(f"{path}: must be a study file, a run folder or a folder of run folders")
-            for folder in sorted(folders):
-                found.setdefault((folder.resolve(), ""), read_run(folder))
+            for folder in sorted(folders - planned):
+                found.setdefault((folder, ""), read_run(folder))
     left_out = [run for run in found.values() if run.problem]
     runs = [run for run in found.values() if not run.problem]
+    if not found:
+        fail("no runs given, must be study files, run folders or folders of run folders")
     if not runs:
         fail(f"none of {len(left_out)} runs is complete, the first is {left_out[0].problem}")
 
     for alike in group([run for run in runs if not run.arm], "row").values():  # of no study
-        names = {n for run in alike for n, x in run.args.items() if x != alike[0].args.get(n)}
         for run in alike:
-            own = [f", {n.replace('_', ' ')} {run.args.get(n)}" for n in sorted(names - NEUTRAL)]
+            own = [f", {n.replace('_', ' ')} {run.args.get(n)}" for n in differing_args(alike)]
             run.arm = run.row + "".join(own)
+    for own in group(runs, "arm").values():
+        if names := differing_args(own):
+            fail(f"{own[0].arm}: its runs must have the same arguments, they differ in {names}")
     rows = list(dict.fromkeys(arm for _, arm in read_paper()))
     order = {arm: i for i, arm in enumerate(dict.fromkeys(run.arm for run in runs))}
     if not any(path.suffix == ".toml" for path in args.runs):  # the paper's order
         ranks = {run.arm: rows.index(run.row) if run.row in rows else len(rows) for run in runs}
         order = {arm: (rank, arm) for arm, rank in ranks.items()}
-    runs.sort(key=lambda run: (ARCHITECTURES.index(run.architecture), order[run.arm], run.seed))
+
+    def place(run):
+        architecture = ARCHITECTURES.index(run.architecture)
+        return len(run.benchmark), run.benchmark, architecture, order[run.arm], run.seed
+
+    runs.sort(key=place)
     for a, b in itertools.pairwise(sorted(runs, key=lambda r: (r.arm, r.benchmark, r.seed))):
         if (a.arm, a.benchmark, a.seed) == (b.arm, b.benchmark, b.seed):
             fail(f"{a.folder} and {b.folder}: both {a.arm} on {a.benchmark} with seed {a.seed}")
@@ -287,9 +312,19 @@ def common_timesteps(series: list[dict[int, float]]) -> list[int]:
     return sorted(set.intersection(*map(set, series)))
 
 
+def last_value(series: dict[int, float], timestep: int) -> float | None:
+    """The latest value up to a timestep."""
+    return series.get(max((t for t in series if t <= timestep), default=None))
+
+
 def choose_timestep(runs: list[Run], timestep: int | None) -> None:
-    """Set the asked evaluation, or the last, of an arm's runs on a benchmark."""
+    """Set the asked evaluation, or the last, of an arm's runs on a benchmark.
+
+    Plasticity must have been measured by then.
+    """
     evaluated = common_timesteps([scores for run in runs for scores in run.scores.values()])
+    measured = max(min(run.metrics[metric]) for run in runs for metric in CURVES)
+    evaluated = [t for t in evaluated if t >= measured]
     if timestep is not None and timestep not in evaluated:
         fail(f"--timestep {timestep}: must be an evaluation of {runs[0].arm}, one of {evaluated}")
     for run in runs:
@@ -301,11 +336,17 @@ def final_scores(runs: list[Run]) -> np.ndarray:
     return np.array([[scores[run.at] for scores in run.scores.values()] for run in runs])
 
 
+def units(scores: np.ndarray, run: Run) -> np.ndarray:
+    """What the IQM over a benchmark is taken of, from scores (..., seed, task): they themselves,
+    but of success rates (Meta-World) each run's mean over the tasks (..., seed, 1)."""
+    return scores.mean(-1, keepdims=True) if run.measure == "success_rate" else scores
+
+
 # Tables
 
 
 def write_results(runs: list[Run], path: Path) -> None:
-    """One row per run, task and evaluation."""
+    """One row per run, task and evaluation, with the latest value of every metric by then."""
     metrics = sorted({name for run in runs for name in run.metrics})
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -313,7 +354,7 @@ def write_results(runs: list[Run], path: Path) -> None:
         writer.writerow(["arm", "benchmark", "seed", "timestep", "task", measure, *metrics])
         for run in runs:
             for timestep in common_timesteps(list(run.scores.values())):
-                values = [run.metrics.get(name, {}).get(timestep) for name in metrics]
+                values = [last_value(run.metrics.get(name, {}), timestep) for name in metrics]
                 shown = ["" if value is None else f"{value:.5g}" for value in values]
                 for task, scores in run.scores.items():
                     row = [run.arm, run.benchmark, run.seed, timestep, task]
@@ -321,13 +362,16 @@ def write_results(runs: list[Run], path: Path) -> None:
 
 
 def results_table(runs: list[Run]) -> list[str]:
-    """IQM and interval per arm and benchmark next to the paper's, as lines of markdown."""
+    """IQM and interval per arm and benchmark next to the paper's, where the paper's experiment is
+    the same, as lines of markdown."""
     paper = read_paper()
     lines = ["| benchmark | arm | seeds | timestep | IQM (95 % interval) | paper | overlap |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    groups = sorted(group(runs, "benchmark", "arm").items(), key=lambda item: item[0][0])
-    for (benchmark, arm), own in groups:
-        scores, theirs = final_scores(own), paper.get((benchmark, own[0].row))
+    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
+        same = all(own[0].args.get(name, value) == value for name, value in PAPER_ARGS.items())
+        same = same and own[0].at == PAPER_TIMESTEPS.get(benchmark)
+        theirs = paper.get((benchmark, own[0].row)) if same else None
+        scores = units(final_scores(own), own[0])
         interval = iqm_interval(scores)
         shown, expected, overlap = "no interval: 1 seed", "-", "-"
         if interval is not None:
@@ -346,18 +390,20 @@ def results_table(runs: list[Run]) -> list[str]:
 
 
 def choose_styles(runs: list[Run]) -> None:
-    """Set colour and marker of every arm, the same in all figures; its label is the arm's name
-    without the architecture, which titles the panel."""
+    """Set colour and marker of every arm, the same in all figures, in the paper's order; its label
+    is the arm's name without the architecture, which titles the panel."""
     labels = [run.arm.removeprefix(f"{run.architecture} ") for run in runs]
-    order = list(dict.fromkeys(labels))
+    paper = [arm.split(" ", 1)[1] for _, arm in read_paper()]
+    order = sorted(dict.fromkeys(labels), key=lambda label: [*paper, label].index(label))
     for run, label in zip(runs, labels, strict=True):
-        i = order.index(label) % len(COLOURS)
-        run.style = dict(color=COLOURS[i], marker=MARKERS[i], label=label)
+        again, i = divmod(order.index(label), len(COLOURS))  # no pair twice
+        marker = MARKERS[(i + again) % len(MARKERS)]
+        run.style = dict(color=COLOURS[i], marker=marker, label=label)
 
 
 def panels(rows: int, columns: int, width: float, height: float, sharey):
-    """A figure and its axes (row, column), of this width and height each in inches."""
-    size = (width * columns, height * rows + 0.5)
+    """A figure of this width and its axes (row, column) of this height, in inches."""
+    size = (width, height * rows + 0.4)
     return plt.subplots(
         rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained"
     )
@@ -371,17 +417,19 @@ def finish(figure, path: Path) -> None:
             entries.setdefault(label, handle)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    columns = min(len(entries), 4 if figure.get_figwidth() > 8 else 2)
+    columns = min(len(entries), 4 if figure.get_figwidth() == WIDTH else 3)
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
-def draw_curve(axes, runs: list[Run], series: list[list[dict[int, float]]]) -> None:
-    """IQM over time, with its band, of an arm's series[seed][task]."""
+def draw_curve(axes, runs: list[Run], series_of) -> None:
+    """IQM over time, with its band, of an arm's series_of(run), one for each task or one."""
+    series = [list(series_of(run)) for run in runs]
     timesteps = common_timesteps([values for seed in series for values in seed])
     values = np.array([[[task[t] for task in seed] for seed in series] for t in timesteps])
-    marks = dict(markevery=0.1, markersize=4, clip_on=False)
+    values = units(values, runs[0])
+    marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
     axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
     interval = iqm_interval(values)
     if interval is not None:
@@ -389,57 +437,65 @@ def draw_curve(axes, runs: list[Run], series: list[list[dict[int, float]]]) -> N
             timesteps, *interval, color=runs[0].style["color"], alpha=0.2, linewidth=0
         )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("timesteps")
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 5, 10]))
 
 
 def plot_learning_curves(runs: list[Run], path: Path) -> None:
     """IQM over training: an architecture per row, a benchmark per column."""
     rows, columns = group(runs, "architecture"), group(runs, "benchmark")
-    figure, axes = panels(len(rows), len(columns), 4.5, 3.2, sharey=True)
+    width = WIDTH if len(columns) > 1 else WIDTH / 2
+    figure, axes = panels(len(rows), len(columns), width, 2.4, sharey=True)
     cells = itertools.product(rows, columns)
     for panel, ((architecture,), (benchmark,)) in zip(axes.flat, cells, strict=True):
         own = [run for run in rows[(architecture,)] if run.benchmark == benchmark]
         panel.set_visible(bool(own))
         for arm in group(own, "arm").values():
-            draw_curve(panel, arm, [list(run.scores.values()) for run in arm])
+            draw_curve(panel, arm, lambda run: run.scores.values())
             panel.set_ylabel(f"{arm[0].measure.replace('_', ' ')} (IQM)")
-        panel.set_title(f"{architecture}, {benchmark}")
+        panel.set(title=f"{architecture}, {benchmark}", xlabel="timesteps")
+        panel.tick_params(labelleft=True)
     finish(figure, path)
 
 
 def plot_plasticity(runs: list[Run], path: Path) -> None:
     """The four plasticity metrics over training, a row per architecture and benchmark."""
     rows = group(runs, "architecture", "benchmark")
-    figure, axes = panels(len(rows), len(CURVES), 3.5, 2.9, sharey="col")
+    figure, axes = panels(len(rows), len(CURVES), WIDTH, 1.7, sharey=False)
     for (title, own), row in zip(rows.items(), axes, strict=True):
-        for panel, (metric, name) in zip(row, CURVES.items(), strict=True):
+        for panel, metric in zip(row, CURVES, strict=True):
             for arm in group(own, "arm").values():
-                draw_curve(panel, arm, [[run.metrics[metric]] for run in arm])
-            panel.set_title(f"{', '.join(title)}\n{name}", fontsize=10)
+                draw_curve(panel, arm, lambda run, metric=metric: [run.metrics[metric]])
             panel.set_ylim(bottom=0)
+            if metric.endswith("dormant_ratio"):
+                panel.yaxis.set_major_formatter(PercentFormatter(1))
+        row[0].set_ylabel(", ".join(title))
+    for top, bottom, name in zip(axes[0], axes[-1], CURVES.values(), strict=True):
+        top.set_title(name)
+        bottom.set_xlabel("timesteps")
     finish(figure, path)
 
 
 def plot_final_scores(runs: list[Run], path: Path) -> None:
     """Each task's score: a small mark per seed, a large one for their IQM with its interval."""
     rows = group(runs, "architecture", "benchmark")
-    figure, axes = panels(len(rows), 1, 10, 3.2, sharey=True)
+    figure, axes = panels(len(rows), 1, WIDTH, 2.4, sharey=True)
     for (title, own), panel in zip(rows.items(), axes.flat, strict=True):
         tasks, arms = [*own[0].scores, "all tasks"], group(own, "arm").values()
         for number, arm in enumerate(arms):
             scores, style = final_scores(arm), arm[0].style
             places = np.arange(len(tasks)) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
             for seed in scores:
-                small = style | dict(s=9, alpha=0.5, linewidths=0, label="_")
+                small = style | dict(s=6, alpha=0.5, linewidths=0, label="_")
                 panel.scatter(places[:-1], seed, **small)
-            for place, sample in zip(places, [*scores.T[..., None], scores], strict=True):
+            samples = [*scores.T[..., None], units(scores, arm[0])]
+            for place, sample in zip(places, samples, strict=True):
                 interval = iqm_interval(sample)
                 if interval is not None:
-                    panel.vlines(place, *interval, color=style["color"], linewidth=1.5)
-                panel.plot(place, iqm(sample), **style, linestyle="")
+                    panel.vlines(place, *interval, color=style["color"], linewidth=1.2)
+                panel.plot(place, iqm(sample), **style, linestyle="", markersize=5)
         panel.axvline(len(tasks) - 1.5, color="#999999", linewidth=0.8)
-        panel.set_xticks(range(len(tasks)), tasks, fontsize=8)
+        turned = dict(rotation=30, ha="right", rotation_mode="anchor") if len(tasks) > 6 else {}
+        panel.set_xticks(range(len(tasks)), tasks, **turned)
         panel.set(title=", ".join(title), ylabel=own[0].measure.replace("_", " "))
     finish(figure, path)
 
@@ -448,19 +504,20 @@ def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
     """Dormancy against score over runs, a row per architecture and benchmark; the correlations as
     lines of markdown."""
     rows, lines = group(runs, "architecture", "benchmark"), []
-    figure, axes = panels(len(rows), 2, 4.5, 3.4, sharey=True)
+    figure, axes = panels(len(rows), 2, WIDTH, 2.6, sharey=True)
     for (title, own), row in zip(rows.items(), axes, strict=True):
+        own = list({run.folder: run for run in own}.values())  # two studies may share a run
         for panel, network in zip(row, ("actor", "critic"), strict=True):
             x, y = [], final_scores(own).mean(-1)
             for run, score in zip(own, y, strict=True):
-                dormancy = run.metrics[f"{network}_dormant_ratio"]
-                x.append(dormancy[max(t for t in dormancy if t <= run.at)])
-                panel.plot(x[-1], score, **run.style, linestyle="")
+                x.append(last_value(run.metrics[f"{network}_dormant_ratio"], run.at))
+                panel.plot(x[-1], score, **run.style, linestyle="", markersize=5)
             correlation = describe_correlation(np.array(x), y)
             lines.append(f"- {', '.join(title)}, {network}: {correlation}")
-            panel.set_title(f"{', '.join(title)}\n{correlation}", fontsize=10)
+            panel.set_title(f"{', '.join(title)}\n{correlation}")
             panel.xaxis.set_major_locator(MaxNLocator(5))
-            panel.set_xlabel(f"dormant neurons of the {network}")
+            panel.xaxis.set_major_formatter(PercentFormatter(1))
+            panel.set_xlabel(f"dormant share of the {network}'s neurons")
             panel.set_ylabel(f"{own[0].measure.replace('_', ' ')}, mean of tasks")
     finish(figure, path)
     return lines
@@ -470,6 +527,7 @@ def report(args: Args) -> None:
     """Write the whole report."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
     matplotlib.use("Agg")
+    plt.rcParams.update({"font.size": FONT_SIZE, "axes.titlesize": "medium"})
     runs, left_out = read_runs(args)
     for own in group(runs, "benchmark", "arm").values():
         choose_timestep(own, args.timestep)
@@ -491,7 +549,7 @@ def report(args: Args) -> None:
     ]
     named = [f"{run.folder.name}: {run.problem}" for run in left_out]
     text = TEXT.format(
-        runs=len(runs),
+        runs=len({run.folder for run in runs}),
         resamples=RESAMPLES,
         table="\n".join(table),
         correlations="\n".join(correlations),
@@ -499,7 +557,7 @@ def report(args: Args) -> None:
         shared=", ".join(shared),
     )
     (args.out / "report.md").write_text(text)
-    print(f"wrote {args.out}: {len(runs)} runs", *table, sep="\n")
+    print(f"wrote {args.out}", *table, sep="\n")
     print("\n".join(f"left out {line}" for line in named), end="\n" * bool(named))
 
 

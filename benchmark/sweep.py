@@ -8,6 +8,7 @@ complete, resumes what was cut off, and runs nothing twice; Ctrl-C stops in good
 """
 
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -46,7 +47,7 @@ class Args:
     num_threads: int = 1
     """torch threads of a run"""
     gpus: int = 0
-    """GPUs of a run (0: it runs on the CPU)"""
+    """GPUs of a run (0: it runs on the CPU; local runs share the first ones)"""
     runs_dir: Path = Path("runs/sweep")
     """folder of the run folders (Slurm: one that all nodes see)"""
 
@@ -105,37 +106,42 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
     check(distinct(benchmarks, str), "benchmarks must be a list of names, each once")
     check(distinct(seeds, int), "seeds must be a list of integers, each once")
     check(isinstance(arms, list) and bool(arms), "must hold at least one [[arms]] table")
-    slugs = {}  # arm -> script and flags as they stand in its run folders' names
+    slugs, words = {}, {}  # arm -> script and flags in its run folders' names; its flags
     for arm in arms:
         form = isinstance(arm, dict) and arm.keys() - {"flags"} == {"name", "script"}
+        form = form and isinstance(arm["name"], str) and isinstance(arm["script"], str)
         check(form, f"an arm must have name, script and maybe flags, given {arm}")
         name, script, flags = arm["name"], ROOT / arm["script"], arm.setdefault("flags", {})
         check(script.is_file() and script.suffix == ".py", f"{name}: {script} is not a script")
         check(isinstance(flags, dict), f"{name}: flags must be a table")
-        for flag, value in flags.items():
+        text = script.read_text()
+        given = []
+        for flag, value in sorted(flags.items()):
             check(flag not in OWN_FLAGS, f"{name}: --{flag} is not an arm's to give")
-            right = value is True or type(value) in (int, float, str)
-            check(right, f"{name}: --{flag} {value}: must be a number, a text or true")
-            field = re.escape(flag.replace("-", "_"))
-            known = re.search(rf"^    {field}: .+ = ", script.read_text(), re.M)
+            check("_" not in flag, f"{name}: --{flag} must be written with hyphens")
+            right = type(value) in (bool, int, float, str) and "/" not in str(value)
+            check(right, f"{name}: --{flag} {value}: must be number, true, false or text without /")
+            known = re.search(rf"^    {re.escape(flag.replace('-', '_'))}: .+ = ", text, re.M)
             check(bool(known), f"{name}: {script.name} has no --{flag}")
-        given = [f if x is True else f"{f}={x}" for f, x in sorted(flags.items())]
+            switch = flag if value else f"no-{flag}"
+            given.append(switch if isinstance(value, bool) else f"{flag}={value}")
+        for benchmark in benchmarks:
+            check(f'"{benchmark}"' in text, f"{name}: {script.name} has no benchmark {benchmark}")
         slug = f"{script.stem}__{','.join(given) or 'default'}"
         check(name not in slugs, f"two arms are called {name}")
         check(slug not in slugs.values(), f"{name}: another arm has the same script and flags")
         check(len(slug) < 200, f"{name}: flags must be fewer, the run folder's name is too long")
-        slugs[name] = slug
+        slugs[name], words[name] = slug, [f"--{word}" for word in given]
 
     runs = []
     for seed in seeds:
         for benchmark in benchmarks:
             for arm in arms:
                 folder = runs_dir.resolve() / f"{benchmark}__{slugs[arm['name']]}__{seed}"
-                words = ["--benchmark", benchmark, "--seed", str(seed), "--run-dir", str(folder)]
-                for flag, value in arm["flags"].items():
-                    words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+                flags = ["--benchmark", benchmark, "--seed", str(seed), "--run-dir", str(folder)]
+                flags += words[arm["name"]]
                 script = ROOT / arm["script"]
-                runs.append(Run(arm["name"], benchmark, seed, script, words, folder))
+                runs.append(Run(arm["name"], benchmark, seed, script, flags, folder))
     return runs
 
 
@@ -158,23 +164,25 @@ def execute(script: Path, flags: list[str], folder: Path) -> None:
     The script inherits the lock on output.txt and keeps it as long as it lives, whatever kills its
     parents, so that two processes never write to one run folder. A second signal would end it at
     once: it has a session of its own, ignores Slurm's warning before the time limit (SIGUSR2), and
-    gets one SIGTERM from here (from Slurm itself if the job is cancelled).
+    gets one SIGTERM from here (from Slurm itself if the job is cancelled). A job that is stopped
+    while it waits for the lock starts nothing.
     """
-    alive = []
-
-    def stop_script(number, frame):
-        while alive:
-            alive.pop().terminate()
-
-    signal.signal(signal.SIGINT, stop_script)
-    signal.signal(signal.SIGUSR2, stop_script)
+    stop = []
+    numbers = [signal.SIGINT, signal.SIGUSR2]
     if os.environ["SUBMITIT_EXECUTOR"] == "local":
-        signal.signal(signal.SIGTERM, stop_script)
+        numbers.append(signal.SIGTERM)
+    for number in numbers:
+        signal.signal(number, lambda number, frame: stop.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output:
-        fcntl.flock(output, fcntl.LOCK_EX)
-        if printed_summary(folder):
+        while not stop:
+            try:
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
+        if stop or printed_summary(folder):
             return
         words = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else flags
         process = subprocess.Popen(
@@ -184,15 +192,25 @@ def execute(script: Path, flags: list[str], folder: Path) -> None:
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
         )
-        alive.append(process)
-        process.wait()
+        while process.poll() is None and not stop:
+            time.sleep(0.1)
+        process.terminate()  # does nothing to one that has ended
+        if process.wait():
+            print(f"{script.name} ended with exit code {process.returncode}", file=output)
 
 
-def wait_until_free(folder: Path) -> None:
-    """Until no process writes to the run folder."""
-    if (folder / "output.txt").exists():
-        with open(folder / "output.txt") as output:
-            fcntl.flock(output, fcntl.LOCK_EX)
+def ended_jobs(jobs: list[submitit.Job]) -> list[submitit.Job]:
+    """The jobs that have ended, also without a result (cancelled by hand, or a node failed).
+
+    Those are in no queue any more, which submitit does not see on a cluster without accounting.
+    """
+    queued = None
+    if jobs and isinstance(jobs[0], submitit.SlurmJob):
+        words = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        squeue = subprocess.run(words, capture_output=True, text=True)
+        if squeue.returncode == 0:
+            queued = squeue.stdout.split()
+    return [job for job in jobs if job.done() or (queued is not None and job.job_id not in queued)]
 
 
 def make_executor(args: Args) -> submitit.AutoExecutor:
@@ -243,6 +261,8 @@ def sweep(args: Args) -> None:
     except OSError as error:
         fail(f"--runs-dir {args.runs_dir}: must be a folder to write to ({error.strerror})")
 
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns of a missing sacct each time
+    poll = 0.2 if args.executor == "local" else 10  # seconds
     running = []  # runs, each with its job and when it was submitted
     bar = tqdm(total=len(runs), initial=complete, unit="run", disable=None, smoothing=0)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
@@ -265,23 +285,27 @@ def sweep(args: Args) -> None:
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 running += [(r, j, time.monotonic()) for r, j in zip(batch, jobs, strict=True)]
-            ended = [entry for entry in running if entry[1].done()]
+            done = ended_jobs([job for _, job, _ in running])
+            ended = [entry for entry in running if entry[1] in done]
             running = [entry for entry in running if entry not in ended]
             for run, job, started in ended:
                 failed += not report_ended(run, job, time.monotonic() - started)
                 bar.update()
             bar.refresh()
-            time.sleep(0.2)
+            time.sleep(poll)
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one leaves the runs to save alone
+            signal.signal(number, signal.SIG_DFL)
         bar.close()
-        print("stopping: every run saves its state first")
-        for _, job, _ in running:
+        print("stopping: every run saves its state first", flush=True)
+        jobs = [job for _, job, _ in running]
+        for job in jobs:
             if args.executor == "slurm":
                 job.cancel()
             elif not job.done():  # the id is that of a process, which passes SIGTERM on
                 os.kill(int(job.job_id), signal.SIGTERM)
-        for run, _, _ in running:
-            wait_until_free(run.folder)
+        while len(ended_jobs(jobs)) < len(jobs):
+            time.sleep(poll)
         print("stopped, to go on: the same command again")
         raise SystemExit(130) from None
     bar.close()

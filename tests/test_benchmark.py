@@ -1,6 +1,7 @@
 """Sweeps and reports: studies, kills, failing arms, statistics, what is left out."""
 
 import csv
+import fcntl
 import itertools
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -80,30 +82,48 @@ def test_spearman_by_hand():
     assert "2 of at least 3 runs" in report.describe_correlation(np.arange(2), np.arange(2))
 
 
+def test_interval_of_a_correlation_against_every_resample():
+    x, y = np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 3, 2, 5, 4])
+    draws = (np.array(draw) for draw in itertools.product(range(5), repeat=5))
+    every = [scipy.stats.spearmanr(x[d], y[d]).statistic for d in draws if len(set(d)) > 1]
+    text = report.describe_correlation(x, y)
+    numbers = [float(number) for number in re.findall(r"-?\d\.\d\d", text)]
+    assert numbers == pytest.approx([0.8, *np.quantile(every, (0.025, 0.975))], abs=0.06)
+
+
+def test_success_rates_are_averaged_over_tasks_first():
+    scores = np.array([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    run = report.Run(Path(), measure="success_rate")
+    assert report.units(scores, run).tolist() == [[0.5], [0.25]]
+    assert report.units(scores, report.Run(Path(), measure="normalized_return")) is scores
+
+
 # Reports
 
+GMP = ("GMP", "mtppo_gmp.py", "")
 
-def write_log(
-    folder, script=mtppo_gmp, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None, **flags
-):
-    """The log of a run of 400 timesteps with two evaluations; scores are of MT3's tasks."""
-    args = script.Args(**dict(benchmark="MT3", total_timesteps=400, num_steps=100) | flags)
+
+def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None, unit=1, **flags):
+    """The log of a run of 400 units of timesteps and two evaluations; scores are MT3's."""
+    defaults = dict(benchmark="MT3", total_timesteps=400 * unit)
+    args = mtppo_gmp.Args(**defaults | flags)
     with SummaryWriter(str(folder), purge_step=purge) as writer:
         if not purge:
             rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
             writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
-        for step in range(purge or 100, until + 1, 100):
+        for step in range(purge or 100 * unit, until * unit + 1, 100 * unit):
             writer.add_scalar("sparsity/actor", args.sparsity, step)
             writer.add_scalar("sparsity/actor/conv1", 0.5, step)
             writer.add_scalar("losses/explained_variance", float("nan"), step)
             for i, name in enumerate(report.CURVES):
-                value = step * (i + args.seed + np.nansum(scores)) / 1000
+                value = step * (i + args.seed + np.nansum(scores)) / unit / 1000
                 writer.add_scalar(
                     f"plasticity/{name}", float("nan") if step == nan_at else value, step
                 )
-            if step % 200 == 0:
+            if step % (200 * unit) == 0:
                 for task, score in zip(MT3, scores, strict=True):
-                    writer.add_scalar(f"eval/normalized_return/{task}", score * step / 400, step)
+                    score *= step / (400 * unit)
+                    writer.add_scalar(f"eval/normalized_return/{task}", score, step)
     return folder
 
 
@@ -115,15 +135,20 @@ def write_report(out, *runs, **changes):
 def test_report_of_two_arms(tmp_path, capsys):
     for seed, shift in ((1, 0.0), (2, 0.3)):
         scores = [x + shift for x in (0.5, 0.55, 0.6)]
-        write_log(tmp_path / "runs" / f"gmp{seed}", seed=seed, scores=scores)
-        write_log(tmp_path / "runs" / f"dense{seed}", seed=seed, sparsity=0, scores=(0.1, 0.1, 0.1))
+        common = dict(seed=seed, unit=1000)
+        write_log(tmp_path / "runs" / f"gmp{seed}", scores=scores, **common)
+        write_log(tmp_path / "runs" / f"dense{seed}", sparsity=0, scores=(0.1, 0.1, 0.1), **common)
+        write_log(tmp_path / "runs" / f"late{seed}", sparsity=0.9, critic_epochs=8, **common)
     text = write_report(tmp_path / "out", tmp_path / "runs")
     # One of six is cut at each end: the mean of 0.55, 0.6, 0.8, 0.85
-    assert re.search(r"^\| MT3 \| MTPPO GMP \| 2 \| 400 \| 0\.70 \(0\.\d\d, 0\.\d\d\) ", text, re.M)
+    row = r"^\| MT3 \| MTPPO GMP \| 2 \| 400000 \| 0\.70 \(0\.\d\d, 0\.\d\d\) "
+    assert re.search(row, text, re.M)
     paper = "0.77 (0.73, 0.80) | yes |"
     assert paper in text and text.index("MTPPO dense") < text.index("MTPPO GMP")
-    assert "| MTPPO dense | 2 | 400 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
-    assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400 |" in capsys.readouterr().out
+    assert "| MTPPO dense | 2 | 400000 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
+    # Another experiment than the paper's has no figure of the paper's next to it
+    assert "| MTPPO GMP 0.9 | 2 | 400000 | 0.60 (0.60, 0.60) | - | - |" in text
+    assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
     names = "learning_curves final_returns plasticity dormancy_return".split()
     assert all(f"![]({name}.png)" in text for name in names)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -131,14 +156,14 @@ def test_report_of_two_arms(tmp_path, capsys):
         *(f"{name}.png" for name in names),
     }
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
-    assert len(rows) == 2 * 2 * 2 * 3  # arms, seeds, evaluations, tasks
+    assert len(rows) == 3 * 2 * 2 * 3  # arms, seeds, evaluations, tasks
     assert rows[0] == dict(
-        **dict(arm="MTPPO dense", benchmark="MT3", seed="1", timestep="200", task="LavaGapS7"),
+        **dict(arm="MTPPO dense", benchmark="MT3", seed="1", timestep="200000", task="LavaGapS7"),
         **dict(normalized_return="0.05", actor_dormant_ratio="0.26", critic_dormant_ratio="0.46"),
         **dict(actor_effective_rank="0.66", fisher_trace="0.86", actor_sparsity="0"),
     )
-    earlier = write_report(tmp_path / "earlier", tmp_path / "runs", timestep=200)
-    assert "| MTPPO dense | 2 | 200 | 0.05 (0.05, 0.05) |" in earlier
+    earlier = write_report(tmp_path / "earlier", tmp_path / "runs", timestep=200_000)
+    assert "| MTPPO dense | 2 | 200000 | 0.05 (0.05, 0.05) | - | - |" in earlier
 
 
 def test_a_run_with_nan_is_named_and_never_averaged_in(tmp_path):
@@ -163,7 +188,7 @@ def test_a_half_finished_run_is_named_and_left_out_until_it_ends(tmp_path):
     write_log(tmp_path / "whole", seed=1)
     write_log(tmp_path / "half", seed=2, until=300)
     text = write_report(tmp_path / "out", tmp_path)
-    assert "- half: incomplete: at timestep 300 of 400" in text
+    assert "- half: incomplete: at timestep 300 of 400, evaluated at 200" in text
     assert "| MTPPO GMP | 1 | 400 | 0.60 (no interval: 1 seed) |" in text
     time.sleep(1.1)  # logs are read in the order of their names, which hold the second
     write_log(tmp_path / "half", seed=2, purge=200, scores=(0.9, 0.9, 0.9))
@@ -171,6 +196,42 @@ def test_a_half_finished_run_is_named_and_left_out_until_it_ends(tmp_path):
     rows = csv.DictReader((tmp_path / "again" / "results.csv").open())
     resumed = [row["normalized_return"] for row in rows if row["seed"] == "2"]
     assert resumed == ["0.45"] * 3 + ["0.9"] * 3  # not what the first process logged from 200 on
+
+
+def test_the_latest_measurement_stands_where_there_was_none():
+    assert [report.last_value({10: 1.0, 30: 3.0}, t) for t in (5, 10, 29, 30, 40)] == [
+        *(None, 1.0, 1.0, 3.0, 3.0)
+    ]
+
+
+def test_figures_show_all_of_every_curve(tmp_path, monkeypatch):
+    """Panels of one figure whose values differ a thousandfold, and more arms than colours."""
+    figures = {}
+    finish = report.finish
+
+    def keep(figure, path):
+        figures[path.stem] = figure
+        finish(figure, path)
+
+    monkeypatch.setattr(report, "finish", keep)
+    for i in range(10):
+        write_log(tmp_path / "runs" / str(i), sparsity=(i + 1) / 20)
+    for name, benchmark in (("b", "MT3"), ("c", "MT5")):
+        write_log(tmp_path / "runs" / name, sparsity=0, benchmark=benchmark, seed=1000)
+    write_report(tmp_path / "out", tmp_path / "runs")
+    panels = figures["plasticity"].axes
+    assert len(panels) == 8 and len(figures["learning_curves"].axes) == 2
+    for panel in [*panels, *figures["learning_curves"].axes]:
+        low, high = panel.get_ylim()
+        assert all(low <= y <= high for line in panel.lines for y in line.get_ydata())
+    assert [len(panel.lines) for panel in panels] == [11] * 4 + [1] * 4
+    assert [len(panel.lines) for panel in figures["learning_curves"].axes] == [11, 1]
+    looks = {(line.get_color(), line.get_marker()) for line in panels[0].lines}
+    assert len(looks) == 11
+    # Dormancy is that of the evaluation shown: step * (i + seed + scores) / 1000
+    [point] = figures["dormancy_return"].axes[2].lines
+    assert point.get_xdata() == pytest.approx(0.4 * (1000 + 1.8))
+    assert point.get_ydata() == pytest.approx(0.6)
 
 
 def test_arms_are_called_by_their_arguments():
@@ -203,6 +264,22 @@ def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
     assert "| MTPPO GMP, prune scope global | 1 |" in text and "| MTPPO dense | 1 |" in text
 
 
+def test_tasks_of_ones_own_are_a_benchmark(tmp_path):
+    write_log(tmp_path / "a", env_ids=("MiniGrid-LavaGapS7-v0",))
+    assert f"| {', '.join(MT3)} | MTPPO GMP | 1 |" in write_report(tmp_path / "out", tmp_path)
+
+
+def test_studies_that_share_runs_count_them_once(tmp_path):
+    runs_dir = tmp_path / "runs"
+    a = study_file(tmp_path / "a.toml", ("one name", "mtppo_gmp.py", ""), seeds="[1, 2, 3]")
+    b = study_file(tmp_path / "b.toml", ("another", "mtppo_gmp.py", ""), seeds="[1, 2, 3]")
+    for run in sweep.read_study(a, runs_dir):
+        write_log(run.folder, seed=run.seed)
+    text = write_report(tmp_path / "out", runs_dir, a, b, runs_dir=runs_dir)
+    assert "\n3 runs. " in text and "| one name | 3 |" in text and "| another | 3 |" in text
+    assert "MTPPO GMP" not in text and ", 3 runs" not in text.replace("equal", "")
+
+
 def one_line_of_error(capsys, function, *args):
     with pytest.raises(SystemExit) as ended:
         function(*args)
@@ -217,12 +294,18 @@ def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
         args = report.Args(runs=runs, out=tmp_path / "out", **changes)
         return one_line_of_error(capsys, report.report, args)
 
+    assert "no runs given" in error()
     assert "must be a study file, a run folder" in error(tmp_path)
     write_log(tmp_path / "half", until=200)
     assert "none of 1 runs is complete" in error(tmp_path / "half")
     a, b = write_log(tmp_path / "a"), write_log(tmp_path / "b")
     assert "both MTPPO GMP on MT3 with seed 1" in error(a, b)
     assert "--timestep 300: must be an evaluation" in error(a, timestep=300)
+    study = study_file(tmp_path / "study.toml", GMP, seeds="[1, 2]")
+    for run, scope in zip(sweep.read_study(study, tmp_path), ("layer", "global"), strict=True):
+        write_log(run.folder, seed=run.seed, prune_scope=scope)
+    differ = error(study, runs_dir=tmp_path)
+    assert "GMP: its runs must have the same arguments, they differ in ['prune_scope']" in differ
     assert not (tmp_path / "out").exists()
 
 
@@ -268,7 +351,6 @@ def test_the_paper_has_figures_for_every_arm_of_table1(tmp_path):
     assert all(low <= middle <= high for middle, low, high in paper.values())
 
 
-GMP = ("GMP", "mtppo_gmp.py", "")
 BAD_STUDIES = {
     "must be a study file": None,
     "must be TOML": "arms = [",
@@ -277,13 +359,18 @@ BAD_STUDIES = {
     "seeds must be a list of integers, each once": [GMP, dict(seeds="[1, 1]")],
     "seeds must be a list of integers": [GMP, dict(seeds="3")],
     "must hold at least one [[arms]]": 'arms = []\nbenchmarks = ["MT3"]\nseeds = [1]',
-    "an arm must have name, script and maybe flags": (
+    "an arm must have name, script and maybe flags, given": (
         'benchmarks = ["MT3"]\nseeds = [1]\n[[arms]]\nname = "GMP"'
     ),
     "is not a script": [("GMP", "mtppo.py", ""), {}],
     "GMP: mtppo_gmp.py has no --sparsty": [("GMP", "mtppo_gmp.py", "sparsty = 0"), {}],
     "GMP: --seed is not an arm's to give": [("GMP", "mtppo_gmp.py", "seed = 3"), {}],
-    "GMP: --layer-norm False: must be": [("GMP", "mtppo_gmp.py", "layer-norm = false"), {}],
+    "GMP: --device [1]: must be number": [("GMP", "mtppo_gmp.py", "device = [1]"), {}],
+    "GMP: --device a/b: must be number": [("GMP", "mtppo_gmp.py", 'device = "a/b"'), {}],
+    "GMP: --layer_norm must be written": [("GMP", "mtppo_gmp.py", "layer_norm = true"), {}],
+    "GMP: mtsac_sparse_metaworld.py has no benchmark MT3": [
+        *(("GMP", "mtsac_sparse_metaworld.py", ""), {}),
+    ],
     "two arms are called GMP": [GMP, ("GMP", "mtppo_set.py", ""), {}],
     "again: another arm has the same script and flags": [GMP, ("again", "mtppo_gmp.py", ""), {}],
 }
@@ -374,21 +461,25 @@ def test_a_failing_arm_stops_no_other_and_studies_share_runs(tmp_path, whole_run
     assert f"- {bad_name}: not started" in text
 
 
+def wait_for_checkpoint(runs_dir, timestep):
+    """The folder of the only run once it has saved this timestep."""
+    while True:
+        found = list(runs_dir.glob("MT3__*/checkpoint.pt"))
+        if found and torch.load(found[0])["timestep"] >= timestep:
+            return found[0].parent
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_sweep_goes_on_to_the_same_files(number, tmp_path, whole_run):
     study = study_file(tmp_path / "study.toml", ("good", "mtppo_gmp.py", TINY_FLAGS))
     command = sweep_command(study, tmp_path / "runs")
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipe) as process:
-        found = []
-        while not (found and torch.load(found[0])["timestep"] >= 100):
-            found = list((tmp_path / "runs").glob("MT3__*/checkpoint.pt"))
-            assert process.poll() is None
-            time.sleep(0.02)
+        folder = wait_for_checkpoint(tmp_path / "runs", 100)
         # A terminal's Ctrl-C reaches the whole group, a kill the sweep alone
         (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
         output = process.communicate()[0]
-    [folder] = [path.parent for path in found]
     if number != signal.SIGKILL:
         assert process.returncode == 130 and "to go on: the same command" in output
         assert "Traceback" not in output
@@ -400,6 +491,37 @@ def test_a_stopped_sweep_goes_on_to_the_same_files(number, tmp_path, whole_run):
     starts = len(list(folder.glob("events.*")))
     # The run outlived the killed sweep, and the second sweep waited for it
     assert starts == (1 if number == signal.SIGKILL else 2)
+
+
+def test_a_sweep_that_waits_for_another_one_stops_and_starts_nothing(tmp_path):
+    flags = TINY_FLAGS.replace("1500", "60000")
+    study = study_file(tmp_path / "study.toml", ("good", "mtppo_gmp.py", flags))
+    command = sweep_command(study, tmp_path / "runs")
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    sweeps = [subprocess.Popen(command, cwd=tmp_path, **pipe) for _ in range(2)]
+    try:
+        folder = wait_for_checkpoint(tmp_path / "runs", 50)
+        time.sleep(3)  # the job of either sweep is there, and one waits
+        for process in sweeps:
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30)[0].endswith("the same command again\n")
+            assert process.returncode == 130
+    finally:
+        for process in sweeps:
+            process.kill()
+    with open(folder / "output.txt") as output:
+        fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nothing writes there any more
+
+
+def test_a_killed_run_is_reported(tmp_path):
+    flags = TINY_FLAGS.replace("1500", "15000")
+    study = study_file(tmp_path / "study.toml", ("good", "mtppo_gmp.py", flags))
+    command = sweep_command(study, tmp_path / "runs")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        folder = wait_for_checkpoint(tmp_path / "runs", 50)
+        subprocess.run(["pkill", "-9", "-f", f"mtppo_gmp.py .*{folder}"], check=True)
+        output = process.communicate()[0]
+    assert process.returncode == 1 and "mtppo_gmp.py ended with exit code -9" in output
 
 
 def slurm_runs():
