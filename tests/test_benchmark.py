@@ -166,6 +166,29 @@ def test_report_of_two_arms(tmp_path, capsys):
     assert "| MTPPO dense | 2 | 200000 | 0.05 (0.05, 0.05) | - | - |" in earlier
 
 
+RESULTS = sorted((ROOT / "benchmark" / "results").iterdir())
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
+def test_the_committed_reports_follow_from_their_results(folder):
+    text, readme = (folder / "report.md").read_text(), (ROOT / "README.md").read_text()
+    scores = {}
+    with open(folder / "results.csv") as file:
+        for row in csv.DictReader(file):
+            key = row["benchmark"], row["arm"], row["timestep"]
+            scores.setdefault(key, []).append(float(row["normalized_return"]))
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| MT\d+ \|", line)]
+    for benchmark, arm, seeds, timestep, score, *_ in rows:
+        own = sorted(scores[benchmark.strip("| "), arm, timestep])
+        cut = len(own) // 4
+        assert f"{sum(own[cut : len(own) - cut]) / (len(own) - 2 * cut):.2f} (" in score
+        assert len(own) == 5 * int(seeds)
+        assert any(
+            line.startswith(f"{benchmark} | {arm} | {seeds} | ") and score in line
+            for line in readme.splitlines()
+        )
+
+
 def test_a_run_with_nan_is_named_and_never_averaged_in(tmp_path):
     write_log(tmp_path / "good1", seed=1)
     write_log(tmp_path / "good2", seed=2)
