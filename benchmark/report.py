@@ -37,6 +37,7 @@ NEUTRAL |= {"checkpoint_frequency", "vectorization", "env_ids", "env_names"}
 # The paper's table holds for these arguments, at the end of its budget
 PAPER_ARGS = dict(num_steps="2000", update_epochs="8", minibatch_size="256", critic_epochs="1")
 PAPER_ARGS |= dict(critic_minibatch_size="2000", prune_start="0.05", prune_end="0.8")
+PAPER_ARGS |= dict(gamma="0.99", gae_lambda="0.95", clip_coef="0.2", ent_coef="0.01")
 PAPER_TIMESTEPS = {"MT3": 400_000, "MT5": 400_000, "MT7": 400_000, "MT10": 20_000_000}
 CURVES = {
     "actor_dormant_ratio": "dormant share, actor",
@@ -362,8 +363,8 @@ def write_results(runs: list[Run], path: Path) -> None:
 
 
 def results_table(runs: list[Run]) -> list[str]:
-    """IQM and interval per arm and benchmark next to the paper's, where the paper's experiment is
-    the same, as lines of markdown."""
+    """IQM and interval per arm and benchmark, as lines of markdown, next to the paper's unless an
+    argument of PAPER_ARGS or the timestep is not the paper's."""
     paper = read_paper()
     lines = ["| benchmark | arm | seeds | timestep | IQM (95 % interval) | paper | overlap |"]
     lines += ["|---|---|---|---|---|---|---|"]
