@@ -99,7 +99,7 @@ class Args:
     """share of training after which the final sparsity holds"""
     prune_frequency: int = 500
     """timesteps between two renewals of the masks"""
-    prune_scope: Literal["layer", "global"] = "layer"
+    prune_scope: Literal["layer", "global"] = "global"
     """rank magnitudes within each layer (each head's layers apart) or over a whole network"""
     set_zeta: float = 0.3
     """share of a layer's active weights replaced at each evolution"""

@@ -61,6 +61,12 @@ resamples); overlap: whether this interval and the paper's do.
 ![](final_returns.png)
 ![](plasticity.png)
 
+## Behind the IQM
+
+Score of each seed: the mean of its tasks. Plasticity metrics: means over the seeds, actor / critic.
+
+{details}
+
 ## Dormancy and return
 
 Over all runs of a panel, whatever their arm: share of dormant neurons and mean score of the tasks.
@@ -332,9 +338,13 @@ def choose_timestep(runs: list[Run], timestep: int | None) -> None:
         run.at = evaluated[-1] if timestep is None else timestep
 
 
-def final_scores(runs: list[Run]) -> np.ndarray:
-    """Scores of an arm on a benchmark at the chosen evaluation: (seed, task)."""
-    return np.array([[scores[run.at] for scores in run.scores.values()] for run in runs])
+def final_scores(runs: list[Run], evaluations: int = 1) -> np.ndarray:
+    """Scores of an arm on a benchmark at the chosen evaluation, averaged with those just before it
+    if more evaluations are asked for: (seed, task)."""
+    shared = common_timesteps([scores for run in runs for scores in run.scores.values()])
+    last = [t for t in shared if t <= runs[0].at][-evaluations:]
+    tasks = [[[scores[t] for t in last] for scores in run.scores.values()] for run in runs]
+    return np.mean(tasks, axis=-1)
 
 
 def units(scores: np.ndarray, run: Run) -> np.ndarray:
@@ -384,6 +394,26 @@ def results_table(runs: list[Run]) -> list[str]:
         ours = f"{iqm(scores):.2f} ({shown})"
         cells = [benchmark, arm, len(own), own[0].at, ours, expected, overlap]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def details_table(runs: list[Run]) -> list[str]:
+    """Per arm and benchmark, as lines of markdown: what the IQM hides, and plasticity then."""
+    columns = ["benchmark", "arm", "score of each seed", "their mean", "IQM of 5 evaluations"]
+    columns += ["dormant", "effective rank", "Fisher trace"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
+        seeds = final_scores(own).mean(-1)
+        late = iqm(units(final_scores(own, 5), own[0]))
+        names = sorted(own[0].metrics)
+        metrics = {n: np.mean([last_value(run.metrics[n], run.at) for run in own]) for n in names}
+        cells = [benchmark, arm, ", ".join(f"{seed:.2f}" for seed in seeds)]
+        cells += [f"{seeds.mean():.2f}", f"{late:.2f}"]
+        dormant = (100 * metrics[f"{network}_dormant_ratio"] for network in ("actor", "critic"))
+        cells.append("{:.1f} / {:.1f} %".format(*dormant))
+        cells.append("{actor_effective_rank:.0f} / {critic_effective_rank:.0f}".format(**metrics))
+        cells.append(f"{metrics['fisher_trace']:.4g}")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -553,6 +583,7 @@ def report(args: Args) -> None:
         runs=len({run.folder for run in runs}),
         resamples=RESAMPLES,
         table="\n".join(table),
+        details="\n".join(details_table(runs)),
         correlations="\n".join(correlations),
         left_out="\n".join(f"- {line}" for line in named) or "Nothing.",
         shared=", ".join(shared),

@@ -115,7 +115,7 @@ def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None
             writer.add_scalar("sparsity/actor", args.sparsity, step)
             writer.add_scalar("sparsity/actor/conv1", 0.5, step)
             writer.add_scalar("losses/explained_variance", float("nan"), step)
-            for i, name in enumerate(report.CURVES):
+            for i, name in enumerate([*report.CURVES, "critic_effective_rank"]):
                 value = step * (i + args.seed + np.nansum(scores)) / unit / 1000
                 writer.add_scalar(
                     f"plasticity/{name}", float("nan") if step == nan_at else value, step
@@ -146,6 +146,10 @@ def test_report_of_two_arms(tmp_path, capsys):
     paper = "0.77 (0.73, 0.80) | yes |"
     assert paper in text and text.index("MTPPO dense") < text.index("MTPPO GMP")
     assert "| MTPPO dense | 2 | 400000 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
+    # The first evaluation has half the scores of the second: their IQM is 0.525. The metrics are
+    # 0.4 x (i + seed + sum of the scores) at the end, on average 0.4 x (i + 3.6)
+    row = r"\| MTPPO GMP \| 0\.55, 0\.85 \| 0\.70 \| 0\.5[23] \| 144\.0 / 184\.0 % \| 2 / 3 \| 2\.64 \|"
+    assert re.search(row, text)
     # Another experiment than the paper's has no figure of the paper's next to it
     assert "| MTPPO GMP 0.9 | 2 | 400000 | 0.60 (0.60, 0.60) | - | - |" in text
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
@@ -160,7 +164,8 @@ def test_report_of_two_arms(tmp_path, capsys):
     assert rows[0] == dict(
         **dict(arm="MTPPO dense", benchmark="MT3", seed="1", timestep="200000", task="LavaGapS7"),
         **dict(normalized_return="0.05", actor_dormant_ratio="0.26", critic_dormant_ratio="0.46"),
-        **dict(actor_effective_rank="0.66", fisher_trace="0.86", actor_sparsity="0"),
+        **dict(actor_effective_rank="0.66", critic_effective_rank="1.06", fisher_trace="0.86"),
+        actor_sparsity="0",
     )
     earlier = write_report(tmp_path / "earlier", tmp_path / "runs", timestep=200_000)
     assert "| MTPPO dense | 2 | 200000 | 0.05 (0.05, 0.05) | - | - |" in earlier
@@ -171,22 +176,30 @@ RESULTS = sorted((ROOT / "benchmark" / "results").iterdir())
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
 def test_the_committed_reports_follow_from_their_results(folder):
+    def middle(scores):
+        cut = len(scores) // 4
+        return sum(sorted(scores)[cut : len(scores) - cut]) / (len(scores) - 2 * cut)
+
     text, readme = (folder / "report.md").read_text(), (ROOT / "README.md").read_text()
-    scores = {}
+    curves = {}
     with open(folder / "results.csv") as file:
         for row in csv.DictReader(file):
-            key = row["benchmark"], row["arm"], row["timestep"]
-            scores.setdefault(key, []).append(float(row["normalized_return"]))
-    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| MT\d+ \|", line)]
-    for benchmark, arm, seeds, timestep, score, *_ in rows:
-        own = sorted(scores[benchmark.strip("| "), arm, timestep])
-        cut = len(own) // 4
-        assert f"{sum(own[cut : len(own) - cut]) / (len(own) - 2 * cut):.2f} (" in score
-        assert len(own) == 5 * int(seeds)
-        assert any(
-            line.startswith(f"{benchmark} | {arm} | {seeds} | ") and score in line
-            for line in readme.splitlines()
-        )
+            run = curves.setdefault((row["benchmark"], row["arm"]), {}).setdefault(row["seed"], {})
+            run.setdefault(row["task"], []).append(float(row["normalized_return"]))
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "| MT" in line]
+    assert len(lines) == 2 * len(curves)
+    for benchmark, arm, *cells in lines:
+        runs = [list(tasks.values()) for tasks in curves[benchmark, arm].values()]
+        ends = [[task[-1] for task in run] for run in runs]
+        if cells[0].isdigit():
+            assert int(cells[0]) == len(runs)
+            assert cells[2].startswith(f"{middle([x for run in ends for x in run]):.2f} (")
+            assert f"| {' | '.join([benchmark, arm, *cells])} |" in readme.splitlines()
+        else:
+            seeds = [sum(run) / len(run) for run in ends]
+            late = middle([sum(task[-5:]) / 5 for run in runs for task in run])
+            assert cells[0] == ", ".join(f"{seed:.2f}" for seed in seeds)
+            assert cells[1:3] == [f"{sum(seeds) / len(seeds):.2f}", f"{late:.2f}"]
 
 
 def test_a_run_with_nan_is_named_and_never_averaged_in(tmp_path):

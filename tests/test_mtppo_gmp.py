@@ -700,8 +700,8 @@ def test_the_hot_loop_stays_on_its_device(script):
     hygiene(script)
 
 
-@pytest.mark.parametrize("flags", [dict(pcgrad=True), dict(prune_scope="global")], ids=str)
-def test_so_do_pcgrad_and_global_pruning(flags):
+@pytest.mark.parametrize("flags", [dict(pcgrad=True), dict(prune_scope="layer")], ids=str)
+def test_so_do_pcgrad_and_pruning_within_layers(flags):
     hygiene(mtppo_gmp, **flags)
 
 

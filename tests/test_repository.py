@@ -80,8 +80,8 @@ OWN = {"train", "Args"}
 OWN_FLAGS = {"mtsac_sparse_metaworld": {"benchmark", "total_timesteps", "sparsifier"}}
 OWN_DEFAULTS = {
     "mtsac_sparse_metaworld": {
-        *("actor_lr", "critic_lr", "prune_frequency", "eval_frequency", "eval_episodes"),
-        *("plasticity_frequency", "checkpoint_frequency"),
+        *("actor_lr", "critic_lr", "prune_frequency", "prune_scope", "eval_frequency"),
+        *("eval_episodes", "plasticity_frequency", "checkpoint_frequency"),
     }
 }
 

@@ -160,9 +160,9 @@ def test_the_final_sparsity_is_reached_whatever_the_lengths(tmp_path):
 
 
 ARMS = {  # flags that must reach the training
-    mtppo_gmp: dict(weight_decay=0.1, layer_norm=True, pcgrad=True, prune_scope="global"),
+    mtppo_gmp: dict(weight_decay=0.1, layer_norm=True, pcgrad=True, prune_scope="layer"),
     mtppo_set: dict(weight_decay=0.1, layer_norm=True, set_regrow="gradient", set_zeta=0.6),
-    moe_sparse: dict(weight_decay=0.1, layer_norm=True, num_experts=3, prune_scope="global"),
+    moe_sparse: dict(weight_decay=0.1, layer_norm=True, num_experts=3, prune_scope="layer"),
     moore_sparse: dict(weight_decay=0.1, layer_norm=True, orthogonal_mix=0.5),
 }
 
@@ -255,7 +255,9 @@ def test_every_promised_tag_is_logged(script, whole_runs):
         assert sparsity == pytest.approx([1 - expected] * 12, abs=1e-5)
         assert {value for _, value in logged["sparsity/actor/conv1"]} == {0.0}
     else:
-        assert sparsity == sorted(sparsity) and sparsity[-1] == pytest.approx(0.95, abs=1e-5)
+        assert sparsity == sorted(sparsity) and sparsity[-1] > 0.9
+        whole = [value for _, value in logged["sparsity/actor"]]
+        assert whole == sorted(whole) and whole[-1] == pytest.approx(0.95, abs=1e-5)
 
 
 def test_times_and_arguments_are_logged(tmp_path):
