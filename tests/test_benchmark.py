@@ -148,8 +148,8 @@ def test_report_of_two_arms(tmp_path, capsys):
     assert "| MTPPO dense | 2 | 400000 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
     # The first evaluation has half the scores of the second: their IQM is 0.525. The metrics are
     # 0.4 x (i + seed + sum of the scores) at the end, on average 0.4 x (i + 3.6)
-    row = r"\| MTPPO GMP \| 0\.55, 0\.85 \| 0\.70 \| 0\.5[23] \| 144\.0 / 184\.0 % \| 2 / 3 \| 2\.64 \|"
-    assert re.search(row, text)
+    assert re.search(r"GMP \| 0\.55, 0\.85 \| 0\.70 \| 0\.5[23] \| 144\.0 / 184\.0 % ", text)
+    assert "184.0 % | 2 / 3 | 2.64 |" in text
     # Another experiment than the paper's has no figure of the paper's next to it
     assert "| MTPPO GMP 0.9 | 2 | 400000 | 0.60 (0.60, 0.60) | - | - |" in text
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
