@@ -100,7 +100,7 @@ class Args:
     prune_frequency: int = 500
     """timesteps between two renewals of the masks"""
     prune_scope: Literal["layer", "global"] = "global"
-    """rank magnitudes within each layer (each head's layers apart) or over a whole network"""
+    """rank magnitudes in each layer (each head, expert and twin apart) or over a whole network"""
     set_zeta: float = 0.3
     """share of a layer's active weights replaced at each evolution"""
     set_frequency: int = 2000
@@ -358,8 +358,8 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     """Renew the network's masks to the asked sparsity by magnitude, and apply them.
 
-    scope "layer" ranks within each layer, and each task's head apart; "global" ranks over the
-    whole network. What was pruned ranks last, so that it never comes back.
+    scope "layer" ranks within each layer, each head, expert and twin apart; "global" ranks over
+    the whole network. What was pruned ranks last, so that it never comes back.
     """
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     scores = {name: w.abs() for name, w in weights.items()}

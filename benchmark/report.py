@@ -29,15 +29,23 @@ from scipy.stats import DegenerateDataWarning, bootstrap, rankdata, trim_mean
 from sweep import fail, read_study
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-RESAMPLES = 2000
+RESAMPLES = 50_000
+BAND_RESAMPLES = 2000  # of the bands in figures
 ARCHITECTURES = ("MTPPO", "MoE", "MOORE", "MT-SAC")
 # Arguments that do not make another arm
 NEUTRAL = {"benchmark", "seed", "run_dir", "resume", "num_threads", "device"}
 NEUTRAL |= {"checkpoint_frequency", "vectorization", "env_ids", "env_names"}
-# The paper's table holds for these arguments, at the end of its budget
-PAPER_ARGS = dict(num_steps="2000", update_epochs="8", minibatch_size="256", critic_epochs="1")
-PAPER_ARGS |= dict(critic_minibatch_size="2000", prune_start="0.05", prune_end="0.8")
-PAPER_ARGS |= dict(gamma="0.99", gae_lambda="0.95", clip_coef="0.2", ent_coef="0.01")
+# The paper's table holds for these arguments, where a run has them, at the end of its budget
+PAPER_ARGS = dict(gamma="0.99", gae_lambda="0.95", clip_coef="0.2", ent_coef="0.01")
+PAPER_ARGS |= dict(num_steps="2000", update_epochs="8", minibatch_size="256")
+PAPER_ARGS |= dict(critic_epochs="1", critic_minibatch_size="2000", num_experts="0")
+PAPER_ARGS |= dict(orthogonal_mix="1.0", redo_tau="0.001", max_resets="2")
+PAPER_ARGS |= dict(prune_start="0.05", prune_end="0.8", set_zeta="0.3", set_frequency="2000")
+PAPER_ARGS |= dict(set_epsilon="None", set_regrow="random", updates_per_step="1")
+PAPER_ARGS |= dict(batch_size="1280", buffer_size="1000000", learning_starts="40000")
+PAPER_ARGS |= dict(alpha_lr="0.0003", tau="0.005", max_grad_norm="1.0", max_q="5000.0")
+PPO_ARGS = dict(actor_lr="0.001", critic_lr="0.001", prune_frequency="500")
+SAC_ARGS = dict(actor_lr="0.0003", critic_lr="0.0003", prune_frequency="5000")
 PAPER_TIMESTEPS = {"MT3": 400_000, "MT5": 400_000, "MT7": 400_000, "MT10": 20_000_000}
 CURVES = {
     "actor_dormant_ratio": "dormant share, actor",
@@ -52,8 +60,9 @@ WIDTH = 7  # inches: a page's, so that a figure is printed in its own size
 FONT_SIZE = 8
 TEXT = """# Report
 
-{runs} runs. IQM over seeds x tasks, with its 95 % stratified bootstrap interval ({resamples}
-resamples); overlap: whether this interval and the paper's do.
+{runs} runs. IQM over seeds x tasks (Meta-World: over the seeds' mean success rates), with its
+95 % stratified bootstrap interval ({resamples} resamples); overlap: whether this interval and the
+paper's do, a weak test with few seeds.
 
 {table}
 
@@ -63,7 +72,10 @@ resamples); overlap: whether this interval and the paper's do.
 
 ## Behind the IQM
 
-Score of each seed: the mean of its tasks. Plasticity metrics: means over the seeds, actor / critic.
+Gain: IQM above that of the architecture's first arm, with its interval. Late: the IQM of the last
+five evaluations averaged (or as many as there are). Score of each seed: the mean of its tasks.
+Plasticity: means over the seeds, actor / critic, at the last measurement; a neuron without an
+unmasked incoming weight counts for nothing.
 
 {details}
 
@@ -134,12 +146,12 @@ def paper_arm(args: dict[str, str]) -> tuple[str, str]:
         share = "" if float(args["sparsity"]) == 0.95 else f" {float(args['sparsity']):.4g}"
         pruned = {"actor": " on the actor", "critic": " on the critic", "both": " on both"}
         parts.append(sparsifier.upper() + share + pruned.get(args.get("prune"), ""))
-    if float(args["weight_decay"]):
-        parts.append("weight decay")
     for name, label in {"layer_norm": "LayerNorm", "pcgrad": "PCGrad"}.items():
         parts += [label] * (args.get(name) == "True")
-    for name, label in {"redo_frequency": "ReDo", "reset_frequency": "Reset"}.items():
-        parts += [label] * (args.get(name, "0") != "0")
+    usual = dict(weight_decay="1e-06", redo_frequency="5000", reset_frequency="100000")
+    for (name, value), label in zip(usual.items(), ("weight decay", "ReDo", "Reset"), strict=True):
+        if float(own := args.get(name, "0")):
+            parts.append(label if own == value else f"{label} {own}")
     return architecture, f"{architecture} {' + '.join(parts) or 'dense'}"
 
 
@@ -158,6 +170,8 @@ def read_run(folder: Path) -> Run:
     rows = [line.strip("|").split("|", 1) for line in text.splitlines()[2:]]
     run.args = args = dict(rows)
     run.architecture, run.row = paper_arm(args)
+    if not {"GMP", "SET"} & set(run.row.split()):  # dense: they have no effect
+        run.args = {k: v for k, v in args.items() if not k.startswith(("prune_", "set_"))}
     run.benchmark, run.seed = args["benchmark"], int(args["seed"])
 
     reached = 0
@@ -257,21 +271,28 @@ def iqm(scores: np.ndarray) -> np.ndarray:
     return trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
 
 
-def iqm_interval(scores: np.ndarray) -> np.ndarray | None:
-    """95 % interval of the IQM of scores (..., seed, task): (2, ...), or None with one seed.
+def iqm_interval(
+    scores: np.ndarray, base: np.ndarray | None = None, resamples: int = RESAMPLES
+) -> np.ndarray | None:
+    """95 % interval of the IQM of scores (..., seed, task), or of its difference from the IQM of
+    other seeds, base: (2, ...), or None with one seed.
 
     Stratified: every resample draws seeds anew for each task, and keeps all tasks.
     """
+    arms = [scores] if base is None else [scores, base]
+    if min(arm.shape[-2] for arm in arms) == 1:
+        return None
+    count = scores.shape[-1]
 
     def statistic(*tasks, axis):
-        return trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
+        parts = [tasks[:count], tasks[count:]][: len(arms)]
+        means = [trim_mean(np.concatenate(part, axis=axis), 0.25, axis=axis) for part in parts]
+        return means[0] - sum(means[1:])
 
-    if scores.shape[-2] == 1:
-        return None
     result = bootstrap(
-        [scores[..., task] for task in range(scores.shape[-1])],
+        [arm[..., task] for arm in arms for task in range(arm.shape[-1])],
         statistic,
-        **dict(n_resamples=RESAMPLES, batch=200, method="percentile", axis=-1),
+        **dict(n_resamples=resamples, batch=200, method="percentile", axis=-1),
         rng=np.random.default_rng(0),
     )
     return np.array(result.confidence_interval)
@@ -287,15 +308,15 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def describe_correlation(x: np.ndarray, y: np.ndarray) -> str:
     """Spearman's correlation over runs, with its 95 % bootstrap interval, in words."""
-    if len(x) < 3:
-        return f"no correlation ({len(x)} of at least 3 runs)"
+    if len(x) < 5:
+        return f"no correlation ({len(x)} of at least 5 runs)"
     if not (np.ptp(x) and np.ptp(y)):
         return "no correlation (equal in all runs)"
     with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):
         result = bootstrap(
             (x, y),
             spearman,
-            **dict(n_resamples=RESAMPLES, method="percentile", paired=True),
+            **dict(n_resamples=RESAMPLES, batch=1000, method="percentile", paired=True),
             rng=np.random.default_rng(0),
         )
     # Resamples in which a side does not vary, with their warning, have no correlation
@@ -339,12 +360,14 @@ def choose_timestep(runs: list[Run], timestep: int | None) -> None:
 
 
 def final_scores(runs: list[Run], evaluations: int = 1) -> np.ndarray:
-    """Scores of an arm on a benchmark at the chosen evaluation, averaged with those just before it
-    if more evaluations are asked for: (seed, task)."""
-    shared = common_timesteps([scores for run in runs for scores in run.scores.values()])
-    last = [t for t in shared if t <= runs[0].at][-evaluations:]
-    tasks = [[[scores[t] for t in last] for scores in run.scores.values()] for run in runs]
-    return np.mean(tasks, axis=-1)
+    """Each run's scores at its chosen evaluation, averaged with those just before it if more
+    evaluations are asked for: (run, task)."""
+    means = []
+    for run in runs:
+        last = [t for t in common_timesteps(list(run.scores.values())) if t <= run.at]
+        last = last[-evaluations:]
+        means.append([np.mean([task[t] for t in last]) for task in run.scores.values()])
+    return np.array(means)
 
 
 def units(scores: np.ndarray, run: Run) -> np.ndarray:
@@ -379,7 +402,8 @@ def results_table(runs: list[Run]) -> list[str]:
     lines = ["| benchmark | arm | seeds | timestep | IQM (95 % interval) | paper | overlap |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
-        same = all(own[0].args.get(name, value) == value for name, value in PAPER_ARGS.items())
+        usual = PAPER_ARGS | (SAC_ARGS if own[0].architecture == "MT-SAC" else PPO_ARGS)
+        same = all(own[0].args.get(name, value) == value for name, value in usual.items())
         same = same and own[0].at == PAPER_TIMESTEPS.get(benchmark)
         theirs = paper.get((benchmark, own[0].row)) if same else None
         scores = units(final_scores(own), own[0])
@@ -399,20 +423,25 @@ def results_table(runs: list[Run]) -> list[str]:
 
 def details_table(runs: list[Run]) -> list[str]:
     """Per arm and benchmark, as lines of markdown: what the IQM hides, and plasticity then."""
-    columns = ["benchmark", "arm", "score of each seed", "their mean", "IQM of 5 evaluations"]
-    columns += ["dormant", "effective rank", "Fisher trace"]
+    columns = "benchmark, arm, gain, late, score of each seed, their mean, dormant, effective rank"
+    columns = [*columns.split(", "), "Fisher trace"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    first = {}  # (benchmark, architecture) -> scores of its first arm
     for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
+        names = ("actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank")
+        names += ("critic_effective_rank", "fisher_trace")
+        last = [[last_value(run.metrics[name], run.at) for run in own] for name in names]
+        actor_dormant, critic_dormant, actor_rank, critic_rank, trace = np.mean(last, axis=1)
+        scores, gain = units(final_scores(own), own[0]), "-"
+        base = first.setdefault((benchmark, own[0].architecture), scores)
+        if base is not scores and (interval := iqm_interval(scores, base)) is not None:
+            gain = "{:.2f} ({:.2f}, {:.2f})".format(iqm(scores) - iqm(base), *interval)
         seeds = final_scores(own).mean(-1)
         late = iqm(units(final_scores(own, 5), own[0]))
-        names = sorted(own[0].metrics)
-        metrics = {n: np.mean([last_value(run.metrics[n], run.at) for run in own]) for n in names}
-        cells = [benchmark, arm, ", ".join(f"{seed:.2f}" for seed in seeds)]
-        cells += [f"{seeds.mean():.2f}", f"{late:.2f}"]
-        dormant = (100 * metrics[f"{network}_dormant_ratio"] for network in ("actor", "critic"))
-        cells.append("{:.1f} / {:.1f} %".format(*dormant))
-        cells.append("{actor_effective_rank:.0f} / {critic_effective_rank:.0f}".format(**metrics))
-        cells.append(f"{metrics['fisher_trace']:.4g}")
+        cells = [benchmark, arm, gain, f"{late:.2f}", ", ".join(f"{seed:.2f}" for seed in seeds)]
+        cells.append(f"{seeds.mean():.2f}")
+        cells.append(f"{100 * actor_dormant:.1f} / {100 * critic_dormant:.1f} %")
+        cells += [f"{actor_rank:.0f} / {critic_rank:.0f}", f"{trace:.4g}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -448,9 +477,14 @@ def finish(figure, path: Path) -> None:
             entries.setdefault(label, handle)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    columns = min(len(entries), 4 if figure.get_figwidth() == WIDTH else 3)
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
-    figure.savefig(path, dpi=200)
+    for columns in range(len(entries), 0, -1):  # as many as fit
+        legend = figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
+    rows = math.ceil(len(entries) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
+    figure.savefig(path, dpi=200, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -462,7 +496,7 @@ def draw_curve(axes, runs: list[Run], series_of) -> None:
     values = units(values, runs[0])
     marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
     axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
-    interval = iqm_interval(values)
+    interval = iqm_interval(values, resamples=BAND_RESAMPLES)
     if interval is not None:
         axes.fill_between(
             timesteps, *interval, color=runs[0].style["color"], alpha=0.2, linewidth=0
@@ -576,7 +610,7 @@ def report(args: Args) -> None:
     shared = [
         f"`{k}` {v}"
         for k, v in runs[0].args.items()
-        if k not in NEUTRAL - {"benchmark"} and all(run.args.get(k) == v for run in runs)
+        if k not in NEUTRAL and all(run.args.get(k) == v for run in runs)
     ]
     named = [f"{run.folder.name}: {run.problem}" for run in left_out]
     text = TEXT.format(

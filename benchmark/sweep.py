@@ -56,8 +56,8 @@ class Args:
     """partition (default: the cluster's)"""
     time: int = 1440
     """minutes a run may take; one that needs longer is resumed by the next start"""
-    cpus: int = 1
-    """CPUs of a run"""
+    cpus: int | None = None
+    """CPUs of a run (default: one per thread)"""
 
 
 class Run(NamedTuple):
@@ -152,7 +152,7 @@ def printed_summary(folder: Path) -> str | None:
     """The score in the summary that a run prints as its last act, None if it is not complete."""
     try:
         text = (folder / "output.txt").read_text(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     found = re.search(r"^mean +(\S+)(?s:.*)^sum ", text, re.M)
     return found and found[1]
@@ -220,7 +220,7 @@ def make_executor(args: Args) -> submitit.AutoExecutor:
     executor.update_parameters(
         timeout_min=args.time if args.executor == "slurm" else TEN_YEARS,
         gpus_per_node=args.gpus,
-        cpus_per_task=args.cpus,
+        cpus_per_task=args.cpus or args.num_threads,
         slurm_job_name=args.study.stem,
         slurm_partition=args.partition,
         slurm_array_parallelism=args.jobs,
@@ -246,7 +246,7 @@ def report_ended(run: Run, job: submitit.Job, seconds: float) -> bool:
 def sweep(args: Args) -> None:
     """Run what is not complete. Exit code 1 if a run failed, 130 if Ctrl-C stopped the sweep."""
     for name, least in dict(jobs=1, num_threads=1, gpus=0, time=1, cpus=1).items():
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.executor == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         fail("--executor slurm: finds no sbatch and srun here, must be started where Slurm is")

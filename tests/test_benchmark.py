@@ -52,6 +52,15 @@ def test_interval_by_hand():
     assert report.iqm_interval(np.array([[[0.0], [1]], [[2], [4]]])).T.tolist() == [[0, 1], [2, 4]]
 
 
+def test_interval_of_a_difference_against_every_resample():
+    ours, base = np.array([[0.3], [0.6], [0.8]]), np.array([[0.1], [0.2], [0.7]])
+    draws = [list(draw) for draw in itertools.product(range(3), repeat=3)]
+    every = [ours[a].mean() - base[b].mean() for a in draws for b in draws]  # 3 scores: none is cut
+    expected = np.quantile(every, (0.025, 0.975))
+    assert report.iqm_interval(ours, base) == pytest.approx(expected, abs=0.02)
+    assert report.iqm_interval(ours, base[:1]) is None
+
+
 def test_interval_is_stratified_by_task():
     # Every resample keeps both tasks, and the seeds of a task agree: nothing can vary
     assert report.iqm_interval(np.array([[0.2, 0.8]] * 4)) == pytest.approx(0.5)
@@ -79,7 +88,7 @@ def test_spearman_by_hand():
         np.arange(8.0), np.arange(8.0) ** 3
     )
     assert "equal in all runs" in report.describe_correlation(np.zeros(8), np.arange(8.0))
-    assert "2 of at least 3 runs" in report.describe_correlation(np.arange(2), np.arange(2))
+    assert "2 of at least 5 runs" in report.describe_correlation(np.arange(2), np.arange(2))
 
 
 def test_interval_of_a_correlation_against_every_resample():
@@ -148,8 +157,9 @@ def test_report_of_two_arms(tmp_path, capsys):
     assert "| MTPPO dense | 2 | 400000 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
     # The first evaluation has half the scores of the second: their IQM is 0.525. The metrics are
     # 0.4 x (i + seed + sum of the scores) at the end, on average 0.4 x (i + 3.6)
-    assert re.search(r"GMP \| 0\.55, 0\.85 \| 0\.70 \| 0\.5[23] \| 144\.0 / 184\.0 % ", text)
-    assert "184.0 % | 2 / 3 | 2.64 |" in text
+    row = r"GMP \| 0\.60 \(0\.45, 0\.75\) \| 0\.5[23] \| 0\.55, 0\.85 \| 0\.70 \| 144\.0 / "
+    assert re.search(row, text) and "| 144.0 / 184.0 % | 2 / 3 | 2.64 |" in text
+    assert re.search(r"MTPPO dense \| - \| 0\.0[78] \| 0\.10, 0\.10 \| 0\.10 \|", text)
     # Another experiment than the paper's has no figure of the paper's next to it
     assert "| MTPPO GMP 0.9 | 2 | 400000 | 0.60 (0.60, 0.60) | - | - |" in text
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
@@ -172,6 +182,9 @@ def test_report_of_two_arms(tmp_path, capsys):
 
 
 RESULTS = sorted((ROOT / "benchmark" / "results").iterdir())
+METRICS = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
+METRICS += ["critic_effective_rank", "fisher_trace"]
+UNITS, ERRORS = (100, 100, 1, 1, 1), (0.051, 0.051, 0.51, 0.51, 0.051)
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
@@ -181,25 +194,37 @@ def test_the_committed_reports_follow_from_their_results(folder):
         return sum(sorted(scores)[cut : len(scores) - cut]) / (len(scores) - 2 * cut)
 
     text, readme = (folder / "report.md").read_text(), (ROOT / "README.md").read_text()
-    curves = {}
+    curves, score = {}, "normalized_return"
     with open(folder / "results.csv") as file:
         for row in csv.DictReader(file):
+            values = {name: float(row[name]) for name in (score, *METRICS)}
             run = curves.setdefault((row["benchmark"], row["arm"]), {}).setdefault(row["seed"], {})
-            run.setdefault(row["task"], []).append(float(row["normalized_return"]))
+            run.setdefault(row["task"], []).append(values)
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "| MT" in line]
     assert len(lines) == 2 * len(curves)
+    first = next(iter(curves))  # one benchmark and one architecture
     for benchmark, arm, *cells in lines:
         runs = [list(tasks.values()) for tasks in curves[benchmark, arm].values()]
-        ends = [[task[-1] for task in run] for run in runs]
+        ends = [[task[-1][score] for task in run] for run in runs]
+        level = middle([x for run in ends for x in run])
         if cells[0].isdigit():
-            assert int(cells[0]) == len(runs)
-            assert cells[2].startswith(f"{middle([x for run in ends for x in run]):.2f} (")
+            interval = "{:.2f}, {:.2f}".format(*report.iqm_interval(np.array(ends)))
+            assert [int(cells[0]), cells[2]] == [len(runs), f"{level:.2f} ({interval})"]
             assert f"| {' | '.join([benchmark, arm, *cells])} |" in readme.splitlines()
-        else:
-            seeds = [sum(run) / len(run) for run in ends]
-            late = middle([sum(task[-5:]) / 5 for run in runs for task in run])
-            assert cells[0] == ", ".join(f"{seed:.2f}" for seed in seeds)
-            assert cells[1:3] == [f"{sum(seeds) / len(seeds):.2f}", f"{late:.2f}"]
+            continue
+        seeds = [sum(run) / len(run) for run in ends]
+        late = middle([sum(row[score] for row in task[-5:]) / 5 for run in runs for task in run])
+        base = [[task[-1][score] for task in tasks.values()] for tasks in curves[first].values()]
+        gain = level - middle([x for run in base for x in run])
+        assert cells[0].startswith("-" if (benchmark, arm) == first else f"{gain:.2f} (")
+        assert cells[1:4] == [
+            *(f"{late:.2f}", ", ".join(f"{seed:.2f}" for seed in seeds)),
+            f"{sum(seeds) / len(seeds):.2f}",
+        ]
+        shown = [float(number) for number in re.findall(r"[\d.]+", " ".join(cells[4:]))]
+        for number, metric, unit, error in zip(shown, METRICS, UNITS, ERRORS, strict=True):
+            mean = sum(run[0][-1][metric] for run in runs) / len(runs)
+            assert number == pytest.approx(unit * mean, abs=error)
 
 
 def test_a_run_with_nan_is_named_and_never_averaged_in(tmp_path):
@@ -248,6 +273,7 @@ def test_figures_show_all_of_every_curve(tmp_path, monkeypatch):
     def keep(figure, path):
         figures[path.stem] = figure
         finish(figure, path)
+        assert figure.legends[0].get_window_extent().width < figure.bbox.width
 
     monkeypatch.setattr(report, "finish", keep)
     for i in range(10):
@@ -270,6 +296,18 @@ def test_figures_show_all_of_every_curve(tmp_path, monkeypatch):
     assert point.get_ydata() == pytest.approx(0.6)
 
 
+def test_dormancy_goes_with_the_score_of_the_same_run(tmp_path, monkeypatch):
+    """Arms of different length: a point is a run's own last evaluation."""
+    seen = []
+    monkeypatch.setattr(report, "describe_correlation", lambda x, y: seen.append((x, y)) or "")
+    write_log(tmp_path / "runs" / "dense", sparsity=0, scores=(0.1, 0.1, 0.1))
+    write_log(tmp_path / "runs" / "gmp", scores=(0.9, 0.9, 0.9), until=800, total_timesteps=800)
+    text = write_report(tmp_path / "out", tmp_path / "runs")
+    assert "| MTPPO GMP | 1 | 800 | 1.80 (" in text  # twice its scores, which are those at 400
+    (x, y), _ = seen
+    assert y == pytest.approx([0.1, 1.8]) and x == pytest.approx([0.4 * 1.3, 0.8 * 3.7])
+
+
 def test_arms_are_called_by_their_arguments():
     def name(script, **flags):
         args = {k: str(v) for k, v in asdict(script.Args(**flags)).items()}
@@ -283,6 +321,8 @@ def test_arms_are_called_by_their_arguments():
     assert name(mtppo_gmp, sparsity=0, layer_norm=True) == "MTPPO LayerNorm"
     assert name(mtppo_gmp, sparsity=0, redo_frequency=5000) == "MTPPO ReDo"
     assert name(mtppo_gmp, sparsity=0, reset_frequency=100_000) == "MTPPO Reset"
+    assert name(mtppo_gmp, sparsity=0, weight_decay=0.1) == "MTPPO weight decay 0.1"
+    assert name(mtppo_gmp, sparsity=0, redo_frequency=100) == "MTPPO ReDo 100"
     assert name(mtppo_gmp, pcgrad=True) == "MTPPO GMP + PCGrad"
     assert name(moe_sparse) == "MoE GMP" and name(moe_sparse, sparsifier="none") == "MoE dense"
     assert name(moore_sparse, sparsifier="set") == "MOORE SET"
@@ -343,6 +383,31 @@ def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
     differ = error(study, runs_dir=tmp_path)
     assert "GMP: its runs must have the same arguments, they differ in ['prune_scope']" in differ
     assert not (tmp_path / "out").exists()
+
+
+def test_arguments_without_effect_do_not_make_two_arms(tmp_path):
+    write_log(tmp_path / "a", sparsity=0, prune_scope="layer", seed=1)
+    write_log(tmp_path / "b", sparsity=0, prune_scope="global", seed=2)
+    assert "| MTPPO dense | 2 |" in write_report(tmp_path / "out", tmp_path)
+
+
+CHANGES = [
+    *(dict(actor_lr=0.1), dict(prune_frequency=100), dict(prune_start=0.1), dict(gamma=0.9)),
+    *(dict(critic_epochs=8), dict(critic_minibatch_size=256), dict(weight_decay=0.1)),
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_another_experiment_is_not_compared_with_the_papers(changes, tmp_path):
+    text = write_report(tmp_path / "out", write_log(tmp_path / "run", unit=1000, **changes))
+    assert "| 1 | 400000 | 0.60 (no interval: 1 seed) | - | - |" in text
+
+
+def test_each_script_has_the_papers_arguments_by_default():
+    for script in (mtppo_gmp, mtppo_set, moe_sparse, moore_sparse):
+        args = {name: str(value) for name, value in asdict(script.Args()).items()}
+        usual = report.PAPER_ARGS | report.PPO_ARGS
+        assert all(args[name] == usual[name] for name in usual.keys() & args.keys())
 
 
 # Studies
@@ -434,6 +499,9 @@ def test_bad_flags_of_a_sweep_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "--executor slurm: finds no sbatch" in error(executor="slurm")
     assert not runs_dir.exists()
+    runs_dir.touch()
+    monkeypatch.undo()
+    assert "must be a folder to write to" in error()
 
 
 # Sweeps
