@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import submitit
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -625,6 +626,19 @@ def test_a_killed_run_is_reported(tmp_path):
         subprocess.run(["pkill", "-9", "-f", f"mtppo_gmp.py .*{folder}"], check=True)
         output = process.communicate()[0]
     assert process.returncode == 1 and "mtppo_gmp.py ended with exit code -9" in output
+
+
+def test_a_slurm_job_that_left_the_queue_has_ended(tmp_path, monkeypatch):
+    """Cancelled by hand, or its node failed: it has no result, and none will come."""
+    squeue = tmp_path / "squeue"
+    squeue.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(submitit.SlurmJob, "done", lambda job: job.job_id == "7_2")
+    jobs = [submitit.SlurmJob(tmp_path, f"7_{i}") for i in range(3)]
+    squeue.write_text("#!/bin/sh\necho 7_0\n")
+    assert sweep.ended_jobs(jobs) == jobs[1:]
+    squeue.write_text("#!/bin/sh\nexit 1\n")  # Slurm does not answer
+    assert sweep.ended_jobs(jobs) == jobs[2:]
 
 
 def slurm_runs():
