@@ -253,13 +253,13 @@ def sweep(args: Args) -> None:
     runs = read_study(args.study, args.runs_dir)
     todo = deque(run for run in runs if not printed_summary(run.folder))
     complete, failed = len(runs) - len(todo), 0
+    try:
+        executor = make_executor(args) if todo else None
+    except OSError as error:
+        fail(f"--runs-dir {args.runs_dir}: must be a folder to write to ({error.strerror})")
     print(f"{len(runs)} runs: {complete} complete, {len(todo)} to run in {args.runs_dir}")
     if not todo:
         return
-    try:
-        executor = make_executor(args)
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: must be a folder to write to ({error.strerror})")
 
     logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns of a missing sacct each time
     poll = 0.2 if args.executor == "local" else 10  # seconds
