@@ -45,7 +45,7 @@ PAPER_ARGS |= dict(set_epsilon="None", set_regrow="random", updates_per_step="1"
 PAPER_ARGS |= dict(batch_size="1280", buffer_size="1000000", learning_starts="40000")
 PAPER_ARGS |= dict(alpha_lr="0.0003", tau="0.005", max_grad_norm="1.0", max_q="5000.0")
 PPO_ARGS = dict(actor_lr="0.001", critic_lr="0.001", prune_frequency="500")
-SAC_ARGS = dict(actor_lr="0.0003", critic_lr="0.0003", prune_frequency="5000")
+SAC_ARGS = dict(actor_lr="0.0003", critic_lr="0.0003", prune_frequency="5000", adam_eps="1e-05")
 PAPER_TIMESTEPS = {"MT3": 400_000, "MT5": 400_000, "MT7": 400_000, "MT10": 20_000_000}
 CURVES = {
     "actor_dormant_ratio": "dormant share, actor",
@@ -75,7 +75,7 @@ paper's do, a weak test with few seeds.
 Gain: IQM above that of the architecture's first arm, with its interval. Late: the IQM of the last
 five evaluations averaged (or as many as there are). Score of each seed: the mean of its tasks.
 Plasticity: means over the seeds, actor / critic, at the last measurement; a neuron without an
-unmasked incoming weight counts for nothing.
+unmasked incoming weight is left out of dormancy.
 
 {details}
 
@@ -285,9 +285,10 @@ def iqm_interval(
     count = scores.shape[-1]
 
     def statistic(*tasks, axis):
-        parts = [tasks[:count], tasks[count:]][: len(arms)]
-        means = [trim_mean(np.concatenate(part, axis=axis), 0.25, axis=axis) for part in parts]
-        return means[0] - sum(means[1:])
+        level = trim_mean(np.concatenate(tasks[:count], axis=axis), 0.25, axis=axis)
+        if base is None:
+            return level
+        return level - trim_mean(np.concatenate(tasks[count:], axis=axis), 0.25, axis=axis)
 
     result = bootstrap(
         [arm[..., task] for arm in arms for task in range(arm.shape[-1])],

@@ -25,6 +25,7 @@ import moe_sparse
 import moore_sparse
 import mtppo_gmp
 import mtppo_set
+import mtsac_sparse_metaworld
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmark"))
@@ -217,8 +218,9 @@ def test_the_committed_reports_follow_from_their_results(folder):
         late = middle([sum(row[score] for row in task[-5:]) / 5 for run in runs for task in run])
         base = [[task[-1][score] for task in tasks.values()] for tasks in curves[first].values()]
         gain = level - middle([x for run in base for x in run])
-        assert cells[0].startswith("-" if (benchmark, arm) == first else f"{gain:.2f} (")
-        assert cells[1:4] == [
+        interval = "{:.2f}, {:.2f}".format(*report.iqm_interval(np.array(ends), np.array(base)))
+        assert cells[:4] == [
+            "-" if (benchmark, arm) == first else f"{gain:.2f} ({interval})",
             *(f"{late:.2f}", ", ".join(f"{seed:.2f}" for seed in seeds)),
             f"{sum(seeds) / len(seeds):.2f}",
         ]
@@ -405,10 +407,16 @@ def test_another_experiment_is_not_compared_with_the_papers(changes, tmp_path):
 
 
 def test_each_script_has_the_papers_arguments_by_default():
-    for script in (mtppo_gmp, mtppo_set, moe_sparse, moore_sparse):
+    known = set()
+    for script in (mtppo_gmp, mtppo_set, moe_sparse, moore_sparse, mtsac_sparse_metaworld):
+        own = report.SAC_ARGS if script is mtsac_sparse_metaworld else report.PPO_ARGS
+        usual = report.PAPER_ARGS | own
         args = {name: str(value) for name, value in asdict(script.Args()).items()}
-        usual = report.PAPER_ARGS | report.PPO_ARGS
-        assert all(args[name] == usual[name] for name in usual.keys() & args.keys())
+        known |= usual.keys() & args.keys()
+        assert {name: args[name] for name in usual if name in args} == {
+            name: value for name, value in usual.items() if name in args
+        }
+    assert known == (report.PAPER_ARGS | report.PPO_ARGS | report.SAC_ARGS).keys()
 
 
 # Studies
@@ -503,6 +511,16 @@ def test_bad_flags_of_a_sweep_are_refused(tmp_path, capsys, monkeypatch):
     runs_dir.touch()
     monkeypatch.undo()
     assert "must be a folder to write to" in error()
+
+
+def test_a_job_has_a_cpu_for_each_thread(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        submitit.AutoExecutor, "update_parameters", lambda self, **given: asked.append(given)
+    )
+    for flags in (dict(), dict(num_threads=3), dict(num_threads=3, cpus=5)):
+        sweep.make_executor(sweep.Args(study=tmp_path / "s.toml", runs_dir=tmp_path, **flags))
+    assert [given["cpus_per_task"] for given in asked] == [1, 3, 5]
 
 
 # Sweeps
