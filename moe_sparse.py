@@ -760,6 +760,8 @@ def open_run(args: Args, name: str) -> tuple[Args, dict | None]:
 
 def open_log(args: Args, timestep: int) -> SummaryWriter:
     """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
+    if any(Path(args.run_dir).glob("events.out.tfevents.*")):
+        time.sleep(1)  # they are read in the order of their names, which begin with the second
     writer = SummaryWriter(args.run_dir, purge_step=timestep + 1)
     if timestep == 0:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())

@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: logs, checkpoints, kills, bad input."""
 
+import os
 import re
 import signal
 import subprocess
@@ -327,6 +328,16 @@ def test_signals_end_the_run_in_good_order(number, tmp_path, whole_runs):
     mtppo_gmp.train(mtppo_gmp.Args(resume=str(tmp_path)))
     assert_same(checkpoint(tmp_path), whole_runs[mtppo_gmp][0])
     assert scalars(tmp_path) == whole_runs[mtppo_gmp][1]
+
+
+@on_every_script
+def test_a_log_of_the_same_second_is_read_after_the_earlier_one(script, tmp_path, monkeypatch):
+    """Names end with the process id, and a later process may have a smaller one."""
+    for pid, timestep in ((9, 0), (1, 50)):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        with script.open_log(script.Args(run_dir=str(tmp_path)), timestep) as writer:
+            writer.add_scalar("losses/entropy", pid, 100)
+    assert scalars(tmp_path)["losses/entropy"] == [(100, 1)]
 
 
 def test_a_crash_before_the_first_checkpoint_leaves_no_double_log(
