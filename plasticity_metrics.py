@@ -167,6 +167,36 @@ def _gradient_norm(name, layer, x, output, num_samples, masks):
     return norm
 
 
+def alive_neurons(network: nn.Module) -> list[Tensor]:
+    """Which neurons of each hidden layer have an unmasked incoming weight: bool (C,) of a
+    convolution, (stack, H) of stacked linear layers.
+
+    network.layers names its layers in order, the output's last; network.masks has ones and zeros
+    in the shape of the weights of those that are pruned.
+    """
+    alive = []
+    for name in list(network.layers)[:-1]:
+        weight = network.get_submodule(name).weight
+        mask = network.masks.get(name, torch.ones_like(weight))
+        alive.append(mask.any(-1) if mask.dim() == 3 else mask.flatten(1).any(-1))
+    return alive
+
+
+def measure_sparsity(networks: dict[str, nn.Module]) -> dict[str, float]:
+    """Share of masked weights of each network, and of each of its layers, under their log tags.
+
+    Networks as for alive_neurons.
+    """
+    shares = {}
+    for name, network in networks.items():
+        sizes = {layer: network.get_submodule(layer).weight.numel() for layer in network.layers}
+        masked = {layer: (mask == 0).sum().item() for layer, mask in network.masks.items()}
+        shares[f"sparsity/{name}"] = sum(masked.values()) / sum(sizes.values())
+        for layer, size in sizes.items():
+            shares[f"sparsity/{name}/{layer}"] = masked.get(layer, 0) / size
+    return shares
+
+
 class ObservationBuffer:
     """The latest observations of each task, on one device; the oldest make room for new ones."""
 
@@ -180,9 +210,11 @@ class ObservationBuffer:
         self.added = 0  # observations per task so far
 
     def add(self, obs: Tensor) -> None:
-        """Store one observation of every task: (task, *obs_shape)."""
-        self.observations[:, self.added % self.observations.shape[1]] = obs
-        self.added += 1
+        """Store n observations of every task, (task, n, *obs_shape), the latest last."""
+        capacity = self.observations.shape[1]
+        new = torch.arange(self.added, self.added + obs.shape[1], device=obs.device)[-capacity:]
+        self.observations[:, new % capacity] = obs[:, -capacity:]
+        self.added += obs.shape[1]
 
     def sample(self, size: int) -> Tensor:
         """Draw size observations per task, with replacement: (task, size, *obs_shape)."""
@@ -192,3 +224,12 @@ class ObservationBuffer:
         device = self.observations.device
         slot = torch.randint(min(self.added, capacity), (num_tasks, size), device=device)
         return self.observations[torch.arange(num_tasks, device=device)[:, None], slot]
+
+    def state_dict(self) -> dict:
+        """What load_state_dict takes."""
+        return {"observations": self.observations, "added": self.added}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the observations of another buffer of the same size."""
+        self.observations.copy_(state["observations"])
+        self.added = state["added"]
