@@ -138,7 +138,7 @@ class MultiHeadNetwork(nn.Module):
     def activations(self, obs: Tensor, counts: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
         """obs (N, h, w, c), counts[0] of the first task, counts[1] of the second, ... -> what each
         hidden layer puts out, the convolutions' (N, C, h', w') and the heads' (task, max(counts),
-        128), of which counts mean something; the shared features (N, D); the output (N, output).
+        128), each task's rows, then padding; the shared features (N, D); the output (N, output).
         """
         x = obs.permute(0, 3, 1, 2).float()  # (N, c, h, w), channels last in memory
         conv1 = F.relu(self.normalise(self.conv1(x)))
@@ -199,18 +199,20 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
             rows = scores[name].view(network.layers[name], -1)  # (layer, its weights)
             keep = rows.shape[1] - round(sparsity * rows.shape[1])
             network.masks[name] = keep_largest(rows, keep).view_as(weight)
-    else:
+    elif scope == "global":
         row = torch.cat([score.flatten() for score in scores.values()])
         mask = keep_largest(row[None], len(row) - round(sparsity * len(row)))[0]
         parts = mask.split([weight.numel() for weight in weights.values()])
         for (name, weight), part in zip(weights.items(), parts, strict=True):
             network.masks[name] = part.view_as(weight)
+    else:
+        raise ValueError(f"scope: layer or global, not {scope}")
     apply_masks(network)
 
 
 @torch.no_grad()
 def apply_masks(network: nn.Module) -> None:
-    """Set the pruned weights to zero, also after every optimiser step: its moments move them."""
+    """Set the pruned weights to zero. To be called after every optimiser step, which moves them."""
     for name, mask in network.masks.items():
         network.get_submodule(name).weight.mul_(mask)
 
@@ -340,6 +342,11 @@ class Rollout(NamedTuple):
     done: Tensor  # bool, terminated or truncated
 
 
+# What collect notes of a step, in this order
+TRANSITION = [("view", "i8"), ("next_view", "i8"), ("action", "i8"), ("log_prob", "f4")]
+TRANSITION += [("reward", "f4"), ("terminated", "?"), ("done", "?")]
+
+
 def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, renew=None):
     """Fresh episodes in envs, one per task, seeded with seeds, for num_steps steps of each: the
     rollout, and (return, length) of each task's episodes that ended. renew(timestep), after each
@@ -366,25 +373,22 @@ def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, r
         with run.timed("sparsify"):
             if renew and step + 1 < num_steps and renew(run.timestep + step + 1):
                 policy.log_probs = None
+    steps = np.array(steps, dtype=TRANSITION)  # (task, num_steps)
     order, views, counts = policy.by_task(0)
-    types = zip(Rollout._fields[3:], ("i8", "i8", "i8", "f4", "f4", "?", "?"), strict=True)
-    steps = np.array(steps, dtype=list(types))  # (task, num_steps)
     for field in ("view", "next_view"):  # from the order in which they came to that of views
         steps[field] = order.argsort()[steps[field]]
-    fields = [np.ascontiguousarray(steps[field]) for field in steps.dtype.names]
-    on_device = [to_device(field, run.device) for field in fields]
-    return Rollout(views, counts, fields[0], *on_device), episodes
+    fields = {field: to_device(steps[field].copy(), run.device) for field in steps.dtype.names}
+    return Rollout(views, counts, index=steps["view"], **fields), episodes
 
 
-def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, equation 16); all (task, steps).
+def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, equation 16); all (task, num_steps).
     A termination does not bootstrap from next_values, a truncation and the rollout's end do; no
     estimate reaches over the end of an episode."""
-    deltas = rewards + gamma * next_values * ~terminated - values
-    decay = gamma * gae_lambda * ~done
-    advantages = torch.empty_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
+    deltas = rollout.reward + gamma * next_values * ~rollout.terminated - values
+    decay = gamma * gae_lambda * ~rollout.done
+    advantages, running = torch.empty_like(deltas), torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
         running = deltas[:, t] + decay[:, t] * running
         advantages[:, t] = running
     return advantages
@@ -395,8 +399,7 @@ def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
     """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
     table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), the value of each view
     values, next_values = table[rollout.view], table[rollout.next_view]
-    ends = rollout.terminated, rollout.done
-    advantages = gae(rollout.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
+    advantages = gae(rollout, values, next_values, args.gamma, args.gae_lambda)
     returns = advantages + values
     explained_variance = 1 - advantages.var() / returns.var()
     advantages = advantages - advantages.mean(1, keepdim=True)
@@ -466,7 +469,7 @@ def train(args: Args) -> None:
     eval_envs = [[make_env(env_id) for _ in range(args.eval_episodes)] for env_id in env_ids]
 
     seed_all(args.seed, NETWORKS, 0)
-    networks = {name: network.to(device) for name, network in make_networks(args).items()}
+    networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
     adam = partial(Adam, weight_decay=args.weight_decay, fused=True)
     optimizers = {
@@ -576,16 +579,17 @@ def make_envs(env_ids: list[str]) -> list[gym.Env]:
     return envs
 
 
-def make_networks(args: Args) -> dict[str, nn.Module]:
+def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     """Actor and critic of the run's tasks, drawn anew."""
     env_ids = task_ids(args)
     env = make_env(env_ids[0])
     outputs = {"actor": int(env.action_space.n), "critic": 1}
     shape = env.observation_space.shape
-    return {name: MultiHeadNetwork(shape, len(env_ids), n, args) for name, n in outputs.items()}
+    networks = {name: MultiHeadNetwork(shape, len(env_ids), n, args) for name, n in outputs.items()}
+    return {name: network.to(device) for name, network in networks.items()}
 
 
-NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS, GOALS = range(6)
+NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)
 
 
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
@@ -666,7 +670,7 @@ def evaluate(actor: nn.Module, envs: list[list[gym.Env]], seeds: list[int], devi
     (return, length) of each task's."""
     policy = PolicyTable(actor, len(envs), device)
     episodes = [[] for _ in envs]
-    running = {}  # environment, by task and number -> its view
+    running = {}  # (task, episode) -> the number of its view
     for (i, j), seed in zip(np.ndindex(len(envs), len(envs[0])), seeds, strict=True):
         running[i, j] = policy.number(i, envs[i][j].reset(seed=seed)[0])
     while running:

@@ -130,7 +130,7 @@ class MultiHeadNetwork(nn.Module):
     def activations(self, obs: Tensor, counts: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
         """obs (N, h, w, c), counts[0] of the first task, counts[1] of the second, ... -> what each
         hidden layer puts out, the convolutions' (N, C, h', w') and the heads' (task, max(counts),
-        128), of which counts mean something; the shared features (N, D); the output (N, output).
+        128), each task's rows, then padding; the shared features (N, D); the output (N, output).
         """
         x = obs.permute(0, 3, 1, 2).float()  # (N, c, h, w), channels last in memory
         conv1 = F.relu(self.normalise(self.conv1(x)))
@@ -169,7 +169,7 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 
 @torch.no_grad()
 def apply_masks(network: nn.Module) -> None:
-    """Set the pruned weights to zero, also after every optimiser step: its moments move them."""
+    """Set the pruned weights to zero. To be called after every optimiser step, which moves them."""
     for name, mask in network.masks.items():
         network.get_submodule(name).weight.mul_(mask)
 
@@ -222,7 +222,7 @@ def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) ->
 def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     """Give each of these layers a mask with exactly round(density * n) active weights at random
     places, and apply it. Needs network.layers, as set_densities does, and network.masks, {} at
-    first. apply_masks must follow every step of the optimiser."""
+    first; sets network.densities and each layer's grown, for evolve."""
     network.densities = densities
     for name, density in densities.items():
         layer = network.get_submodule(name)
@@ -242,27 +242,26 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     the last minibatch's gradient is largest (RigL, Evci et al. 2020), and raises ValueError if
     there is none. Grown weights start at zero, or with grow "init" uniform in [-layer.bound,
     layer.bound]; what the optimiser remembers of them is cleared. Returns the share of what the
-    last evolution grew that this one keeps (NaN at first). Needs the masks of draw_masks, and
-    apply_masks after every optimiser step.
+    last evolution grew that this one keeps (NaN at first). Needs what draw_masks made, and that
+    apply_masks follows every optimiser step.
     """
-    grown_before = kept_of_it = 0
-    for name, density in network.densities.items():
-        layer = network.get_submodule(name)
+    layers = {name: network.get_submodule(name) for name in network.densities}
+    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
+        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
+    if regrow == "gradient" and any(layer.weight.grad is None for layer in layers.values()):
+        raise ValueError("no gradient to grow by: evolve must follow an update")
+    grown_before, kept_of_it = [], []
+    for name, layer in layers.items():
         magnitudes = layer.weight.abs().view(network.layers[name], -1)  # (layer, its weights)
         active = network.masks[name].view_as(magnitudes) > 0
-        count = round(density * magnitudes.shape[1])
+        count = round(network.densities[name] * magnitudes.shape[1])
         moved = min(round(zeta * count), magnitudes.shape[1] - count)
-        if regrow == "random":
-            scores = torch.rand_like(magnitudes)
-        elif layer.weight.grad is not None:
-            scores = layer.weight.grad.abs().view_as(magnitudes)
-        else:
-            raise ValueError(f"{name}: no gradient to grow by, evolve must follow an update")
+        scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
+        scores = scores.view_as(magnitudes).masked_fill(active, -1.0)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        grown = keep_largest(scores.masked_fill(active, -1.0), moved).view_as(layer.weight)
-        kept = kept.view_as(layer.weight)
-        grown_before = layer.grown.sum() + grown_before
-        kept_of_it = (layer.grown * kept).sum() + kept_of_it
+        kept, grown = (x.view_as(layer.weight) for x in (kept, keep_largest(scores, moved)))
+        grown_before.append(layer.grown.sum())
+        kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
             drawn = torch.empty_like(layer.weight).uniform_(-layer.bound, layer.bound)
             layer.weight.copy_(torch.where(grown > 0, drawn, layer.weight))
@@ -270,15 +269,16 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         network.masks[name] = kept + grown
         layer.grown.copy_(grown)
     apply_masks(network)
-    return kept_of_it / grown_before
+    return sum(kept_of_it) / sum(grown_before) if layers else torch.tensor(math.nan)
 
 
 def evolve_all(networks: dict, optimizers: dict, args: Args) -> dict[str, float]:
     """Evolve each network; the share that it keeps of what its last evolution grew, to log."""
-    rule = args.set_zeta, args.set_regrow, args.set_grow
-    sparse = {name: network for name, network in networks.items() if network.densities}
-    kept = {name: evolve(network, optimizers[name], *rule) for name, network in sparse.items()}
-    return {f"sparsity/{name}_grown_kept": x.item() for name, x in kept.items() if x.isfinite()}
+    scalars = {}
+    for name, network in networks.items():
+        kept = evolve(network, optimizers[name], args.set_zeta, args.set_regrow, args.set_grow)
+        scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
+    return scalars
 
 
 # PPO
@@ -297,6 +297,11 @@ class Rollout(NamedTuple):
     reward: Tensor
     terminated: Tensor  # bool
     done: Tensor  # bool, terminated or truncated
+
+
+# What collect notes of a step, in this order
+TRANSITION = [("view", "i8"), ("next_view", "i8"), ("action", "i8"), ("log_prob", "f4")]
+TRANSITION += [("reward", "f4"), ("terminated", "?"), ("done", "?")]
 
 
 def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, renew=None):
@@ -325,25 +330,22 @@ def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, r
         with run.timed("sparsify"):
             if renew and step + 1 < num_steps and renew(run.timestep + step + 1):
                 policy.log_probs = None
+    steps = np.array(steps, dtype=TRANSITION)  # (task, num_steps)
     order, views, counts = policy.by_task(0)
-    types = zip(Rollout._fields[3:], ("i8", "i8", "i8", "f4", "f4", "?", "?"), strict=True)
-    steps = np.array(steps, dtype=list(types))  # (task, num_steps)
     for field in ("view", "next_view"):  # from the order in which they came to that of views
         steps[field] = order.argsort()[steps[field]]
-    fields = [np.ascontiguousarray(steps[field]) for field in steps.dtype.names]
-    on_device = [to_device(field, run.device) for field in fields]
-    return Rollout(views, counts, fields[0], *on_device), episodes
+    fields = {field: to_device(steps[field].copy(), run.device) for field in steps.dtype.names}
+    return Rollout(views, counts, index=steps["view"], **fields), episodes
 
 
-def gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, equation 16); all (task, steps).
+def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, equation 16); all (task, num_steps).
     A termination does not bootstrap from next_values, a truncation and the rollout's end do; no
     estimate reaches over the end of an episode."""
-    deltas = rewards + gamma * next_values * ~terminated - values
-    decay = gamma * gae_lambda * ~done
-    advantages = torch.empty_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
+    deltas = rollout.reward + gamma * next_values * ~rollout.terminated - values
+    decay = gamma * gae_lambda * ~rollout.done
+    advantages, running = torch.empty_like(deltas), torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
         running = deltas[:, t] + decay[:, t] * running
         advantages[:, t] = running
     return advantages
@@ -354,8 +356,7 @@ def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
     """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
     table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), the value of each view
     values, next_values = table[rollout.view], table[rollout.next_view]
-    ends = rollout.terminated, rollout.done
-    advantages = gae(rollout.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
+    advantages = gae(rollout, values, next_values, args.gamma, args.gae_lambda)
     returns = advantages + values
     explained_variance = 1 - advantages.var() / returns.var()
     advantages = advantages - advantages.mean(1, keepdim=True)
@@ -425,7 +426,7 @@ def train(args: Args) -> None:
     eval_envs = [[make_env(env_id) for _ in range(args.eval_episodes)] for env_id in env_ids]
 
     seed_all(args.seed, NETWORKS, 0)
-    networks = {name: network.to(device) for name, network in make_networks(args).items()}
+    networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
     adam = partial(Adam, weight_decay=args.weight_decay, fused=True)
     optimizers = {
@@ -525,7 +526,7 @@ def make_envs(env_ids: list[str]) -> list[gym.Env]:
     return envs
 
 
-def make_networks(args: Args) -> dict[str, nn.Module]:
+def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     """Actor and critic of the run's tasks, drawn anew, with their first masks."""
     env_ids = task_ids(args)
     env = make_env(env_ids[0])
@@ -533,11 +534,12 @@ def make_networks(args: Args) -> dict[str, nn.Module]:
     shape = env.observation_space.shape
     networks = {name: MultiHeadNetwork(shape, len(env_ids), n, args) for name, n in outputs.items()}
     for network in networks.values():
+        network.to(device)
         draw_masks(network, set_densities(network, args.sparsity, args.set_epsilon))
     return networks
 
 
-NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS, GOALS = range(6)
+NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)
 
 
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
@@ -618,7 +620,7 @@ def evaluate(actor: nn.Module, envs: list[list[gym.Env]], seeds: list[int], devi
     (return, length) of each task's."""
     policy = PolicyTable(actor, len(envs), device)
     episodes = [[] for _ in envs]
-    running = {}  # environment, by task and number -> its view
+    running = {}  # (task, episode) -> the number of its view
     for (i, j), seed in zip(np.ndindex(len(envs), len(envs[0])), seeds, strict=True):
         running[i, j] = policy.number(i, envs[i][j].reset(seed=seed)[0])
     while running:

@@ -224,18 +224,20 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
             rows = scores[name].view(network.layers[name], -1)  # (layer, its weights)
             keep = rows.shape[1] - round(sparsity * rows.shape[1])
             network.masks[name] = keep_largest(rows, keep).view_as(weight)
-    else:
+    elif scope == "global":
         row = torch.cat([score.flatten() for score in scores.values()])
         mask = keep_largest(row[None], len(row) - round(sparsity * len(row)))[0]
         parts = mask.split([weight.numel() for weight in weights.values()])
         for (name, weight), part in zip(weights.items(), parts, strict=True):
             network.masks[name] = part.view_as(weight)
+    else:
+        raise ValueError(f"scope: layer or global, not {scope}")
     apply_masks(network)
 
 
 @torch.no_grad()
 def apply_masks(network: nn.Module) -> None:
-    """Set the pruned weights to zero, also after every optimiser step: its moments move them."""
+    """Set the pruned weights to zero. To be called after every optimiser step, which moves them."""
     for name, mask in network.masks.items():
         network.get_submodule(name).weight.mul_(mask)
 
@@ -300,7 +302,7 @@ def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) ->
 def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     """Give each of these layers a mask with exactly round(density * n) active weights at random
     places, and apply it. Needs network.layers, as set_densities does, and network.masks, {} at
-    first. apply_masks must follow every step of the optimiser."""
+    first; sets network.densities and each layer's grown, for evolve."""
     network.densities = densities
     for name, density in densities.items():
         layer = network.get_submodule(name)
@@ -320,27 +322,26 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     the last minibatch's gradient is largest (RigL, Evci et al. 2020), and raises ValueError if
     there is none. Grown weights start at zero, or with grow "init" uniform in [-layer.bound,
     layer.bound]; what the optimiser remembers of them is cleared. Returns the share of what the
-    last evolution grew that this one keeps (NaN at first). Needs the masks of draw_masks, and
-    apply_masks after every optimiser step.
+    last evolution grew that this one keeps (NaN at first). Needs what draw_masks made, and that
+    apply_masks follows every optimiser step.
     """
-    grown_before = kept_of_it = 0
-    for name, density in network.densities.items():
-        layer = network.get_submodule(name)
+    layers = {name: network.get_submodule(name) for name in network.densities}
+    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
+        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
+    if regrow == "gradient" and any(layer.weight.grad is None for layer in layers.values()):
+        raise ValueError("no gradient to grow by: evolve must follow an update")
+    grown_before, kept_of_it = [], []
+    for name, layer in layers.items():
         magnitudes = layer.weight.abs().view(network.layers[name], -1)  # (layer, its weights)
         active = network.masks[name].view_as(magnitudes) > 0
-        count = round(density * magnitudes.shape[1])
+        count = round(network.densities[name] * magnitudes.shape[1])
         moved = min(round(zeta * count), magnitudes.shape[1] - count)
-        if regrow == "random":
-            scores = torch.rand_like(magnitudes)
-        elif layer.weight.grad is not None:
-            scores = layer.weight.grad.abs().view_as(magnitudes)
-        else:
-            raise ValueError(f"{name}: no gradient to grow by, evolve must follow an update")
+        scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
+        scores = scores.view_as(magnitudes).masked_fill(active, -1.0)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        grown = keep_largest(scores.masked_fill(active, -1.0), moved).view_as(layer.weight)
-        kept = kept.view_as(layer.weight)
-        grown_before = layer.grown.sum() + grown_before
-        kept_of_it = (layer.grown * kept).sum() + kept_of_it
+        kept, grown = (x.view_as(layer.weight) for x in (kept, keep_largest(scores, moved)))
+        grown_before.append(layer.grown.sum())
+        kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
             drawn = torch.empty_like(layer.weight).uniform_(-layer.bound, layer.bound)
             layer.weight.copy_(torch.where(grown > 0, drawn, layer.weight))
@@ -348,15 +349,16 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         network.masks[name] = kept + grown
         layer.grown.copy_(grown)
     apply_masks(network)
-    return kept_of_it / grown_before
+    return sum(kept_of_it) / sum(grown_before) if layers else torch.tensor(math.nan)
 
 
 def evolve_all(networks: dict, optimizers: dict, args: Args) -> dict[str, float]:
     """Evolve each network; the share that it keeps of what its last evolution grew, to log."""
-    rule = args.set_zeta, args.set_regrow, args.set_grow
-    sparse = {name: network for name, network in networks.items() if network.densities}
-    kept = {name: evolve(network, optimizers[name], *rule) for name, network in sparse.items()}
-    return {f"sparsity/{name}_grown_kept": x.item() for name, x in kept.items() if x.isfinite()}
+    scalars = {}
+    for name, network in networks.items():
+        kept = evolve(network, optimizers[name], args.set_zeta, args.set_regrow, args.set_grow)
+        scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
+    return scalars
 
 
 def mask_target(networks: dict) -> None:
@@ -450,7 +452,7 @@ def train(args: Args) -> None:
     num_tasks, envs, eval_envs = len(tasks), make_vector_env(args), make_vector_env(args)
 
     seed_all(args.seed, NETWORKS, 0)
-    networks = {name: network.to(device) for name, network in make_networks(args).items()}
+    networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
     networks["target"] = copy.deepcopy(critic).requires_grad_(False)
     sparse = {name: networks[name] for name in sparse_networks(args)}
@@ -551,10 +553,8 @@ def task_ids(args: Args) -> list[str]:
 
 
 class GoalEnv(gym.Wrapper):
-    """A Meta-World task that each reset sets to one of its goals and initial states.
-
-    An episode follows from its goal and its actions alone, whatever was played before it.
-    """
+    """A Meta-World task that each reset sets to one of its goals and initial states; an episode
+    follows from its goal and its actions alone, whatever was played before it."""
 
     def __init__(self, name: str, goals: list):
         super().__init__(ALL_V3_ENVIRONMENTS[name]())
@@ -579,8 +579,9 @@ def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     """One environment per task, with the run's goals; episodes end together, are reset by hand."""
     names = task_ids(args)
     goal_seeds = seed_all(args.seed, GOALS, 0, len(names))
-    goals = [metaworld.MT1(*pair).train_tasks for pair in zip(names, goal_seeds, strict=True)]
-    makers = [partial(GoalEnv, *pair) for pair in zip(names, goals, strict=True)]
+    makers = []
+    for name, goal_seed in zip(names, goal_seeds, strict=True):
+        makers.append(partial(GoalEnv, name, metaworld.MT1(name, goal_seed).train_tasks))
     by_hand = gym.vector.AutoresetMode.DISABLED
     if args.vectorization == "sync":
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=by_hand)
@@ -594,13 +595,14 @@ def sparse_networks(args: Args) -> tuple[str, ...]:
     return {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
 
 
-def make_networks(args: Args) -> dict[str, nn.Module]:
+def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     """Actor and twin critics of the run's tasks, drawn anew, with their first masks."""
     num_tasks = len(task_ids(args))
     networks = {
         "actor": MultiHeadMLP(1, num_tasks, OBS_SIZE, 2 * ACTION_SIZE, 1e-3, args),
         "critic": MultiHeadMLP(2, num_tasks, OBS_SIZE + ACTION_SIZE, 1, 3e-3, args),
     }
+    networks = {name: network.to(device) for name, network in networks.items()}
     for name in sparse_networks(args):
         sparsity = args.sparsity if args.sparsifier == "set" else 0.0
         draw_masks(networks[name], set_densities(networks[name], sparsity, args.set_epsilon))
@@ -727,11 +729,9 @@ def tags(group: str, summary: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def soft_returns(rewards: Tensor, bonuses: Tensor, tail: Tensor, gamma: float) -> Tensor:
-    """Discounted soft return from each step on (..., step).
-
-    rewards (..., step); bonuses (..., step): the entropy bonus of each step's state, which counts
-    for the steps before it; tail (...): the soft value of the state after the last step.
-    """
+    """Discounted soft return from each step on (..., step), of rewards (..., step); bonuses (...,
+    step): the entropy bonus of each step's state, which counts for the steps before it; tail (...):
+    the soft value of the state after the last step."""
     returns, running = torch.empty_like(rewards), tail
     for step in reversed(range(rewards.shape[-1])):
         returns[..., step] = rewards[..., step] + gamma * running

@@ -169,7 +169,7 @@ def _gradient_norm(name, layer, x, output, num_samples, masks):
 
 def alive_neurons(network: nn.Module) -> list[Tensor]:
     """Which neurons of each hidden layer have an unmasked incoming weight: bool (C,) of a
-    convolution, (stack, H) of stacked linear layers.
+    convolution, (H,) of a linear layer, (stack, H) of stacked ones.
 
     network.layers names its layers in order, the output's last; network.masks has ones and zeros
     in the shape of the weights of those that are pruned.
@@ -211,7 +211,9 @@ class ObservationBuffer:
 
     def add(self, obs: Tensor) -> None:
         """Store n observations of every task, (task, n, *obs_shape), the latest last."""
-        capacity = self.observations.shape[1]
+        num_tasks, capacity, *obs_shape = self.observations.shape
+        if (len(obs), *obs.shape[2:]) != (num_tasks, *obs_shape):
+            raise ValueError(f"obs: ({num_tasks}, n, {obs_shape}), not {tuple(obs.shape)}")
         new = torch.arange(self.added, self.added + obs.shape[1], device=obs.device)[-capacity:]
         self.observations[:, new % capacity] = obs[:, -capacity:]
         self.added += obs.shape[1]
@@ -231,5 +233,7 @@ class ObservationBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with the observations of another buffer of the same size."""
+        if state["observations"].shape != self.observations.shape:
+            raise ValueError(f"observations: not {tuple(state['observations'].shape)}")
         self.observations.copy_(state["observations"])
         self.added = state["added"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 import moe_sparse
 import moore_sparse
@@ -24,30 +24,15 @@ def random_obs(*shape):
 
 def plain_features(network, obs, task, mix):
     """The mixed features of one task's observations, an expert and a sample at a time."""
-    layer_norm = network.layer_norm
-
-    def norm(*shape):
-        return nn.LayerNorm(shape) if layer_norm else nn.Identity()
-
     experts = []
     for i in range(network.num_experts):
-        convs = []
-        for conv, inputs, outputs in (
-            (network.conv1, 3, 16),
-            (network.conv2, 16, 32),
-            (network.conv3, 32, 64),
-        ):
-            plain = nn.Conv2d(inputs, outputs, 2)
-            with torch.no_grad():
-                plain.weight.copy_(conv.weight[i * outputs : (i + 1) * outputs])
-                plain.bias.copy_(conv.bias[i * outputs : (i + 1) * outputs])
-            convs.append(plain)
-        trunk = nn.Sequential(
-            *(convs[0], norm(16, 6, 6), nn.ReLU()),
-            *(convs[1], norm(32, 5, 5), nn.ReLU()),
-            *(convs[2], norm(64, 4, 4), nn.Flatten()),
-        )
-        experts.append(trunk(obs.permute(0, 3, 1, 2).float()))
+        x = obs.permute(0, 3, 1, 2).float()
+        for conv, outputs in ((network.conv1, 16), (network.conv2, 32), (network.conv3, 64)):
+            own = slice(i * outputs, (i + 1) * outputs)
+            x = F.conv2d(x, conv.weight[own], conv.bias[own])
+            x = F.layer_norm(x, x.shape[1:]) if network.layer_norm else x
+            x = x if conv is network.conv3 else F.relu(x)
+        experts.append(x.flatten(1))
     rows = []
     for sample in torch.stack(experts, 1):  # (k, 1024)
         if mix:
@@ -61,7 +46,9 @@ def plain_features(network, obs, task, mix):
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("mix", [None, 0.0, 0.3, 1.0])
-def test_network_is_a_loop_over_plain_experts(mix, layer_norm):
+@pytest.mark.parametrize("counts", [[5, 5, 5, 5], [3, 0, 6, 1], [0, 0, 4, 0]])
+def test_network_is_a_loop_over_plain_experts(counts, mix, layer_norm):
+    """Each task's rows alone, in value and gradient, also where a task has none."""
     flags = dict(layer_norm=layer_norm)
     if mix is None:
         network = make_network(moe_sparse, MixtureOfExperts, **flags)
@@ -69,20 +56,47 @@ def test_network_is_a_loop_over_plain_experts(mix, layer_norm):
         network = make_network(
             moore_sparse, MixtureOfOrthogonalExperts, orthogonal_mix=mix, **flags
         )
-    obs = random_obs(4, 5)
-    (*_, hidden), features, output = network.activations(obs)
-    for task in range(4):
-        expected = plain_features(network, obs[task], task, mix)
-        torch.testing.assert_close(features[task], expected, rtol=1e-3, atol=1e-4)
-        inner = nn.functional.linear(
-            features[task], network.head_hidden.weight[task], network.head_hidden.bias[task, 0]
+    obs = random_obs(sum(counts))
+    (*_, hidden), features, output = network.activations(obs, counts)
+    assert torch.equal(network(obs, counts), output)
+    assert hidden.shape == (4, max(counts), 128)
+    plain = []  # outputs
+    for task, rows in enumerate(torch.arange(sum(counts)).split(counts)):
+        if not len(rows):
+            continue
+        expected = plain_features(network, obs[rows], task, mix)
+        torch.testing.assert_close(features[rows], expected, rtol=1e-3, atol=1e-4)
+        inner = F.linear(
+            expected, network.head_hidden.weight[task], network.head_hidden.bias[task, 0]
         )
-        inner = torch.tanh(nn.functional.layer_norm(inner, (128,)) if layer_norm else inner)
-        torch.testing.assert_close(hidden[task], inner, rtol=1e-4, atol=1e-5)
-        expected = nn.functional.linear(
+        inner = torch.tanh(F.layer_norm(inner, (128,)) if layer_norm else inner)
+        torch.testing.assert_close(hidden[task, : len(rows)], inner, rtol=1e-4, atol=1e-5)
+        expected = F.linear(
             inner, network.head_output.weight[task], network.head_output.bias[task, 0]
         )
-        torch.testing.assert_close(output[task], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output[rows], expected, rtol=1e-4, atol=1e-5)
+        plain.append(expected)
+    wanted = torch.randn_like(output)
+    gradients = [
+        torch.autograd.grad((x * wanted).sum(), list(network.parameters()))
+        for x in (output, torch.cat(plain))
+    ]
+    for name, ours, loop in zip(dict(network.named_parameters()), *gradients, strict=True):
+        torch.testing.assert_close(ours, loop, rtol=1e-3, atol=1e-4 * loop.abs().max().item())
+        by_task = ours.T if name == "task_encoder.weight" else ours
+        if not name.startswith("conv"):
+            assert [g.abs().max() > 0 for g in by_task] == [count > 0 for count in counts]
+
+
+@pytest.mark.parametrize("script, network", NETWORKS)
+def test_masks_are_part_of_the_state(script, network):
+    pruned, other = make_network(script, network), make_network(script, network)
+    script.prune(pruned, 0.9, "global")
+    other.load_state_dict(pruned.state_dict())
+    assert other.masks.keys() == pruned.layers.keys()
+    assert all(torch.equal(other.masks[name], mask) for name, mask in pruned.masks.items())
+    obs = random_obs(6)
+    assert torch.equal(pruned(obs, [1, 2, 0, 3]), other(obs, [1, 2, 0, 3]))
 
 
 # Gram-Schmidt
@@ -162,9 +176,8 @@ def test_each_expert_and_each_head_is_pruned_apart(script, network):
 @pytest.mark.parametrize("script, network", NETWORKS)
 def test_set_leaves_convolutions_and_task_encoder_dense(script, network):
     network = make_network(script, network)
-    densities = script.set_densities(network, 0.95, None)
-    script.draw_masks(network, densities)
-    script.evolve(network, torch.optim.Adam(network.parameters()), densities, 0.3, "random")
+    script.draw_masks(network, script.set_densities(network, 0.95, None))
+    script.evolve(network, torch.optim.Adam(network.parameters()), 0.3, "random", "init")
     assert network.masks.keys() == {"head_hidden", "head_output"}
     zeros = sum((mask == 0).sum().item() for mask in network.masks.values())
     assert zeros / (4 * (131072 + 896)) == pytest.approx(0.95, abs=1e-5)
@@ -180,12 +193,12 @@ def test_metrics_count_each_experts_channels(script, network):
     with torch.no_grad():  # the second expert's fifth channel of the last convolution
         networks["actor"].conv3.weight[64 + 4] = networks["actor"].conv3.bias[64 + 4] = 0
     after = script.measure_plasticity(networks, obs, args)
-    grown = (after["actor_dormant_ratio"] - before["actor_dormant_ratio"]) * neurons
-    assert grown == pytest.approx(1, abs=1e-3)
-    features = networks["actor"].activations(obs)[1].flatten(0, 1).detach().double()
+    tag = "plasticity/actor_dormant_ratio"
+    assert (after[tag] - before[tag]) * neurons == pytest.approx(1, abs=1e-3)
+    features = networks["actor"].activations(obs.flatten(0, 1), [64] * 4)[1].detach().double()
     values = torch.linalg.svdvals(features)
     rank = int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
-    assert after["actor_effective_rank"] == rank
+    assert after["plasticity/actor_effective_rank"] == rank
 
 
 @pytest.mark.parametrize("script, network", NETWORKS)
@@ -193,12 +206,12 @@ def test_fisher_trace_of_experts_is_that_of_a_plain_loop(script, network):
     network, obs = make_network(script, network, num_experts=2, num_tasks=2), random_obs(2, 2)
     script.prune(network, 0.5, "layer")
     total = 0.0
-    for log_probs in network(obs).log_softmax(-1).flatten(0, 1):
+    for log_probs in network(obs.flatten(0, 1), [2, 2]).log_softmax(-1):
         for log_prob in log_probs:
             network.zero_grad()
             log_prob.backward(retain_graph=True)
             for name, p in network.named_parameters():
                 mask = network.masks.get(name.removesuffix(".weight"), 1.0)
                 total += log_prob.exp().item() * (p.grad * mask).square().sum().item()
-    trace = script.fisher_trace(network, lambda: network(obs).log_softmax(-1), network.masks)
-    assert trace == pytest.approx(total / 4, rel=1e-4)
+    metrics = script.measure_plasticity({"actor": network}, obs, script.Args())
+    assert metrics["plasticity/fisher_trace"] == pytest.approx(total / 4, rel=1e-4)

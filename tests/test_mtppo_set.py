@@ -1,30 +1,125 @@
-"""Sparse evolutionary training: densities, exact counts, what is dropped and grown."""
+"""Sparse evolutionary training: densities, exact counts, what is dropped and grown; the network
+on as many rows of each task as there are."""
+
+import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.optim import Adam
+from torch.optim import SGD, Adam, RMSprop
 
+import moe_sparse
+import moore_sparse
+import mtppo_set
 import mtppo_set as script
+import mtsac_sparse_metaworld
+from plasticity_metrics import measure_sparsity
 
 HIDDEN, OUTPUT = (128, 1024), (7, 128)  # a head's two layers, (out, in)
+OPTIMIZERS = {
+    "Adam": lambda parameters: Adam(parameters, 1e-3, amsgrad=True),
+    "fused Adam": lambda parameters: Adam(parameters, 1e-3, fused=True),
+    "SGD": lambda parameters: SGD(parameters, 1e-3, momentum=0.9),
+    "RMSprop": lambda parameters: RMSprop(parameters, 1e-3, momentum=0.9, centered=True),
+}
+REMEMBERED = {  # tensors of a parameter's shape
+    "Adam": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "fused Adam": {"exp_avg", "exp_avg_sq"},
+    "SGD": {"momentum_buffer"},
+    "RMSprop": {"square_avg", "momentum_buffer", "grad_avg"},
+}
 
 
-def make_network(num_tasks=3, num_outputs=7):
+def make_network(num_tasks=3, num_outputs=7, **flags):
     torch.manual_seed(0)
-    return script.MultiHeadNetwork((7, 7, 3), num_tasks, num_outputs, False)
+    return script.MultiHeadNetwork((7, 7, 3), num_tasks, num_outputs, script.Args(**flags))
 
 
 def sparse_network(sparsity=0.95, epsilon=None, **shape):
     network = make_network(**shape)
-    densities = script.set_densities(network, sparsity, epsilon)
-    script.draw_masks(network, densities)
-    return network, densities
+    script.draw_masks(network, script.set_densities(network, sparsity, epsilon))
+    return network
 
 
-def counts(network):
+def random_obs(n):
+    return torch.randint(0, 11, (n, 7, 7, 3), dtype=torch.uint8)
+
+
+def backward(network, counts):
+    """Leave a gradient of some loss on counts observations of the tasks."""
+    network.zero_grad()
+    network(random_obs(sum(counts)), counts).square().sum().backward()
+
+
+def active_weights(network):
     """Active weights of each head: layer -> list over tasks."""
     return {name: mask.flatten(1).sum(1).tolist() for name, mask in network.masks.items()}
+
+
+# The network
+
+
+def plain_output(network, obs, task):
+    """The output for observations of one task, layer by layer."""
+    x = obs.permute(0, 3, 1, 2).float()
+    convs = (network.conv1, F.relu), (network.conv2, F.relu), (network.conv3, F.tanh)
+    for conv, nonlinearity in convs:
+        x = F.conv2d(x, conv.weight, conv.bias)
+        x = nonlinearity(F.layer_norm(x, x.shape[1:]) if network.layer_norm else x)
+    x = torch.cat([x[:, :, i, j] for i in range(4) for j in range(4)], 1)  # place by place
+    x = F.linear(x, network.head_hidden.weight[task], network.head_hidden.bias[task, 0])
+    x = F.tanh(F.layer_norm(x, (128,)) if network.layer_norm else x)
+    return F.linear(x, network.head_output.weight[task], network.head_output.bias[task, 0])
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("counts", [[4, 4, 4], [5, 0, 2], [0, 0, 3]])
+def test_ragged_rows_are_each_tasks_own_in_value_and_gradient(counts, layer_norm):
+    network, obs = make_network(layer_norm=layer_norm), random_obs(sum(counts))
+    output = network(obs, counts)
+    rows = enumerate(obs.split(counts))
+    expected = torch.cat([plain_output(network, own, task) for task, own in rows if len(own)])
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    wanted = torch.randn_like(output)
+    gradients = [
+        torch.autograd.grad((x * wanted).sum(), list(network.parameters()))
+        for x in (output, expected)
+    ]
+    for name, ours, plain in zip(dict(network.named_parameters()), *gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+        if name.startswith("head"):
+            assert [g.abs().max() > 0 for g in ours] == [count > 0 for count in counts]
+
+
+def test_counts_that_do_not_fit_are_refused():
+    network, obs = make_network(), random_obs(6)
+    for counts in ([2, 2, 1], [2, 2, 3], [6], [3, 3], [1, 1, 2, 2]):
+        with pytest.raises((ValueError, RuntimeError)):
+            network(obs, counts)
+
+
+def test_masks_and_what_was_grown_are_part_of_the_state():
+    network = sparse_network()
+    script.evolve(network, Adam(network.parameters()), 0.3, "random", "init")
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(7)
+    other = script.MultiHeadNetwork((7, 7, 3), 3, 7, script.Args())
+    script.draw_masks(other, network.densities)
+    assert not torch.equal(other.masks["head_hidden"], network.masks["head_hidden"])
+    other.load_state_dict(torch.load(file, weights_only=True))
+    kept = []
+    for net in (network, other):
+        torch.manual_seed(3)
+        kept.append(script.evolve(net, Adam(net.parameters()), 0.3, "random", "init"))
+    assert kept[0] == kept[1] > 0
+    assert network.masks.keys() == other.masks.keys() == {"head_hidden", "head_output"}
+    for name, mask in network.masks.items():
+        assert torch.equal(mask, other.masks[name])
+    obs = random_obs(6)
+    assert torch.equal(network(obs, [1, 2, 3]), other(obs, [1, 2, 3]))
 
 
 # Densities, worked out by hand
@@ -66,23 +161,24 @@ def test_saturation_can_follow_from_saturation():
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.95, 0.99])
 def test_all_layers_together_have_the_asked_sparsity(sparsity):
-    network, _ = sparse_network(sparsity)
-    active = sum(sum(layer) for layer in counts(network).values())
+    network = sparse_network(sparsity)
+    active = sum(sum(layer) for layer in active_weights(network).values())
     total = 3 * (131072 + 896)
     assert active == pytest.approx((1 - sparsity) * total, abs=3)  # rounding, per head and layer
 
 
 def test_epsilon_is_sets_own_density():
     # epsilon * (in + out) active weights in each layer, at most all
-    network, densities = sparse_network(epsilon=11)
-    assert counts(network) == {"head_hidden": [11 * 1152] * 3, "head_output": [896] * 3}
-    assert densities["head_output"] == 1.0
-    measured = script.measure_sparsity(network)
-    assert measured["/head_hidden"] == pytest.approx(1 - 11 * 1152 / 131072)
+    network = sparse_network(epsilon=11)
+    active = {"head_hidden": [11 * 1152] * 3, "head_output": [896] * 3}
+    assert active_weights(network) == active
+    assert network.densities["head_output"] == 1.0
+    measured = measure_sparsity({"actor": network})
+    assert measured["sparsity/actor/head_hidden"] == pytest.approx(1 - 11 * 1152 / 131072)
 
 
 def test_only_linear_layers_are_sparse_and_none_at_sparsity_0():
-    network, _ = sparse_network()
+    network = sparse_network()
     assert network.masks.keys() == {"head_hidden", "head_output"}
     assert script.set_densities(network, 0.0, None) == script.set_densities(network, 0.0, 11) == {}
 
@@ -91,19 +187,18 @@ def test_only_linear_layers_are_sparse_and_none_at_sparsity_0():
 
 
 def test_counts_are_exact_over_1000_evolutions():
-    network, densities = sparse_network(num_tasks=2)
+    network = sparse_network(num_tasks=2)
     optimizer = Adam(network.parameters(), 0.01, fused=True)
-    before = counts(network)
+    before = active_weights(network)
     first = {name: mask.clone() for name, mask in network.masks.items()}
     for i in range(1000):
         if i % 100 == 0:
-            optimizer.zero_grad()
-            network(torch.randint(0, 11, (2, 8, 7, 7, 3))).square().sum().backward()
+            backward(network, [8, 8])
             optimizer.step()
             script.apply_masks(network)
-        regrow = "gradient" if i % 2 else "random"
-        script.evolve(network, optimizer, densities, 0.3, regrow)
-        assert counts(network) == before
+        regrow, grow = "gradient" if i % 2 else "random", "init" if i % 3 else "zero"
+        script.evolve(network, optimizer, 0.3, regrow, grow)
+        assert active_weights(network) == before
     for name, mask in network.masks.items():
         assert name == "head_output" or not torch.equal(mask, first[name])
         assert ((mask == 0) | (mask == 1)).all()
@@ -111,12 +206,14 @@ def test_counts_are_exact_over_1000_evolutions():
 
 
 @pytest.mark.parametrize("regrow", ["random", "gradient"])
-def test_the_smallest_are_dropped_and_as_many_inactive_places_grown(regrow):
-    network, densities = sparse_network()
+@pytest.mark.parametrize("grow", ["zero", "init"])
+def test_the_smallest_are_dropped_and_as_many_inactive_places_grown(regrow, grow):
+    network = sparse_network()
     layer, old = network.head_hidden, network.masks["head_hidden"].bool()
     weight = layer.weight.detach().clone()
-    layer.weight.grad = torch.randn_like(weight)
-    script.evolve(network, Adam(network.parameters()), densities, 0.3, regrow)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    script.evolve(network, Adam(network.parameters()), 0.3, regrow, grow)
     new = network.masks["head_hidden"].bool()
     for task in range(3):
         active = old[task].sum().item()
@@ -125,11 +222,29 @@ def test_the_smallest_are_dropped_and_as_many_inactive_places_grown(regrow):
         kept = old[task] & new[task]
         assert weight[task][dropped].abs().max() <= weight[task][kept].abs().min()
         assert torch.equal(layer.weight[task][kept], weight[task][kept])
-        assert (layer.weight[task][grown] == 0).all()  # grown weights start at zero
+        assert (layer.weight[task][~new[task]] == 0).all()
+        if grow == "zero":
+            assert (layer.weight[task][grown] == 0).all()
         if regrow == "gradient":
             gradient = layer.weight.grad[task].abs()
             passed_over = ~old[task] & ~new[task]
             assert gradient[grown].min() >= gradient[passed_over].max()
+
+
+def test_grown_weights_are_drawn_as_a_layer_is_at_first():
+    network = sparse_network(num_tasks=5)
+    old = {name: mask.clone() for name, mask in network.masks.items()}
+    script.evolve(network, Adam(network.parameters()), 0.3, "random", "init")
+    for name, inputs in (("head_hidden", 1024), ("head_output", 128)):
+        grown = (network.masks[name] > old[name]).flatten()
+        drawn = network.get_submodule(name).weight.detach().flatten()[grown] * inputs**0.5
+        n = len(drawn)
+        assert n == 5 * {"head_hidden": 1772, "head_output": 204}[name]
+        # Kolmogorov-Smirnov against the uniform distribution on [-1, 1], 99.9 % quantile
+        ranks = torch.arange(n) / n
+        cdf = (drawn.sort().values + 1) / 2
+        distance = max((cdf - ranks).max(), (ranks + 1 / n - cdf).max())
+        assert drawn.abs().max() <= 1 and distance < 1.95 * n**-0.5
 
 
 def test_random_growth_is_uniform_over_the_inactive_places():
@@ -146,7 +261,7 @@ def test_random_growth_is_uniform_over_the_inactive_places():
         network.masks["layer"] = start.clone()
         with torch.no_grad():
             network.layer.weight.copy_(weight)
-        script.evolve(network, Adam(network.parameters()), {"layer": 0.2}, 0.3, "random")
+        script.evolve(network, Adam(network.parameters()), 0.3, "random", "zero")
         grown += (network.masks["layer"] > start).float()
     assert (grown[start == 1] == 0).all()
     expected = rounds * moved / inactive
@@ -156,39 +271,156 @@ def test_random_growth_is_uniform_over_the_inactive_places():
     assert 103 < statistic < 221
 
 
-def test_moments_of_grown_weights_are_cleared_and_the_others_kept():
-    network, densities = sparse_network()
-    optimizer = Adam(network.parameters(), 1e-3, fused=True)
-    network(torch.randint(0, 11, (3, 8, 7, 7, 3))).square().sum().backward()
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_state_of_grown_weights_is_cleared_and_the_others_kept(make):
+    network = sparse_network()
+    optimizer = OPTIMIZERS[make](network.parameters())
+    backward(network, [8, 8, 8])
     optimizer.step()
+    script.apply_masks(network)
     for state in optimizer.state.values():
-        state["exp_avg"].fill_(1.0)
-        state["exp_avg_sq"].fill_(1.0)
+        for value in state.values():
+            value.fill_(1.0)
     old = {name: mask.clone() for name, mask in network.masks.items()}
-    script.evolve(network, optimizer, densities, 0.3, "random")
-    for name, mask in network.masks.items():
-        grown = (mask == 1) & (old[name] == 0)
-        state = optimizer.state[network.get_submodule(name).weight]
-        for moment in (state["exp_avg"], state["exp_avg_sq"]):
-            assert torch.equal(moment == 0, grown) and grown.any()
+    script.evolve(network, optimizer, 0.3, "random", "zero")
+    for name, parameter in network.named_parameters():
+        layer, state = name.removesuffix(".weight"), optimizer.state[parameter]
+        grown = torch.zeros_like(parameter, dtype=torch.bool)
+        if layer in old:
+            grown = network.masks[layer] > old[layer]
+            assert grown.any()
+        for key in REMEMBERED[make]:
+            assert torch.equal(state[key] == 0, grown)
+        assert all(state[key] == 1 for key in state.keys() - REMEMBERED[make])  # its steps
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_clear_state_sets_exactly_the_entries_asked_for(make):
+    parameter, other = (nn.Parameter(torch.randn(2, 4, 5)) for _ in range(2))
+    optimizer = OPTIMIZERS[make]([parameter, other])
+    script.clear_state(optimizer, parameter, torch.tensor(True))  # nothing is remembered yet
+    assert parameter not in optimizer.state
+    (parameter.square() + other.square()).sum().backward()
+    for _ in range(2):
+        optimizer.step()
+    wheres = torch.rand(2, 4, 5) > 0.5, torch.rand(2, 1, 5) > 0.5, torch.rand(4, 1) > 0.5
+    for where in wheres:
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.copy_(torch.rand_like(value) + 1)
+        before = {
+            p: {key: value.clone() for key, value in state.items()}
+            for p, state in optimizer.state.items()
+        }
+        values = parameter.detach().clone()
+        script.clear_state(optimizer, parameter, where)
+        for key, value in before[parameter].items():
+            cleared = where if key in REMEMBERED[make] else torch.tensor(False)
+            expected = torch.where(cleared, torch.zeros_like(value), value)
+            assert torch.equal(optimizer.state[parameter][key], expected)
+        assert all(torch.equal(optimizer.state[other][k], v) for k, v in before[other].items())
+        assert REMEMBERED[make] <= before[parameter].keys() and torch.equal(parameter, values)
+
+
+def test_an_optimiser_without_state_is_left_alone():
+    network = sparse_network()
+    optimizer = SGD(network.parameters(), 1e-3)
+    backward(network, [2, 2, 2])
+    optimizer.step()
+    script.apply_masks(network)
+    script.evolve(network, optimizer, 0.3, "gradient", "zero")
 
 
 def test_a_nearly_dense_layer_swaps_what_it_can():
-    network, densities = sparse_network()
+    network = sparse_network()
     # 692 of 896 are active; 30 % of them are 208, the inactive are only 204
     old = network.masks["head_output"].clone()
-    script.evolve(network, Adam(network.parameters()), densities, 0.3, "random")
+    script.evolve(network, Adam(network.parameters()), 0.3, "random", "zero")
     new = network.masks["head_output"]
     assert ((new == 1) & (old == 0)).sum((1, 2)).tolist() == [204] * 3
 
 
-def test_before_the_first_update_guided_growth_is_random():
-    network, densities = sparse_network()
-    assert script.dense_gradients(network) == {}
-    torch.manual_seed(3)
-    script.evolve(network, Adam(network.parameters()), densities, 0.3, "gradient")
-    guided = network.masks["head_hidden"]
-    network, densities = sparse_network()
-    torch.manual_seed(3)
-    script.evolve(network, Adam(network.parameters()), densities, 0.3, "random")
-    assert torch.equal(guided, network.masks["head_hidden"])
+def test_guided_growth_without_a_gradient_is_refused():
+    network = sparse_network()
+    network.head_hidden.weight.grad = torch.randn_like(network.head_hidden.weight)
+    old = {name: mask.clone() for name, mask in network.masks.items()}
+    with pytest.raises(ValueError, match="no gradient to grow by"):  # of the output layer
+        script.evolve(network, Adam(network.parameters()), 0.3, "gradient", "zero")
+    assert all(torch.equal(network.masks[name], mask) for name, mask in old.items())
+
+
+@pytest.mark.parametrize("rules", [("rigl", "zero"), ("random", "initial")])
+def test_rules_that_it_does_not_know_are_refused(rules):
+    network = sparse_network()
+    with pytest.raises(ValueError, match=f"not {rules[0]}, {rules[1]}"):
+        script.evolve(network, Adam(network.parameters()), 0.3, *rules)
+
+
+@pytest.mark.parametrize("script", [script, moe_sparse, moore_sparse, mtsac_sparse_metaworld])
+def test_masks_are_made_on_the_networks_device(script):
+    """meta stands for cuda: no tensor of a network may stay on the CPU."""
+    flags = {} if script is mtppo_set else dict(sparsifier="set")
+    for network in script.make_networks(script.Args(**flags), "meta").values():
+        for layer, mask in network.masks.items():
+            assert mask.is_meta and network.get_submodule(layer).grown.is_meta
+        assert all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
+
+
+# What becomes of the grown weights
+
+
+def active_places(network):
+    """Set of (layer, number of the weight) of all active weights."""
+    flat = {name: mask.flatten() for name, mask in network.masks.items()}
+    return {(name, i) for name, mask in flat.items() for i in mask.nonzero().flatten().tolist()}
+
+
+@pytest.mark.parametrize("regrow", ["random", "gradient"])
+@pytest.mark.parametrize("grow", ["zero", "init"])
+def test_the_kept_share_is_a_plain_count(regrow, grow):
+    network = sparse_network()
+    optimizer = Adam(network.parameters(), 1e-2)
+    grown, shares = set(), []
+    for _ in range(5):
+        for _ in range(3):
+            backward(network, [4, 4, 4])
+            optimizer.step()
+            script.apply_masks(network)
+        before = active_places(network)
+        share = script.evolve(network, optimizer, 0.3, regrow, grow).item()
+        after = active_places(network)
+        if grown:
+            assert share == pytest.approx(len(grown & after) / len(grown), rel=1e-5)
+            shares.append(share)
+        else:
+            assert share != share  # NaN: nothing had been grown
+        grown = after - before
+    assert 0 < min(shares) < max(shares) < 1
+
+
+def test_evolve_all_logs_the_share_of_each_sparse_network():
+    networks = {"actor": sparse_network(), "critic": sparse_network(0.9, num_outputs=1)}
+    networks["dense"] = sparse_network(0.0)
+    optimizers = {name: Adam(network.parameters()) for name, network in networks.items()}
+    dense = [p.clone() for p in networks["dense"].parameters()]
+    args = script.Args(set_zeta=0.2, set_grow="zero")
+    old = {name: networks[name].masks["head_hidden"] for name in ("actor", "critic")}
+    assert script.evolve_all(networks, optimizers, args) == {}  # NaN at first is not logged
+    for name, mask in old.items():
+        grown = networks[name].masks["head_hidden"] > mask
+        assert torch.equal(grown.sum((1, 2)), (0.2 * mask.sum((1, 2))).round().long())
+    with torch.no_grad():  # the critic's grown weights become its largest, the actor's stay zero
+        networks["critic"].head_hidden.weight[networks["critic"].head_hidden.grown > 0] = 9.0
+    shares = script.evolve_all(networks, optimizers, args)
+    assert shares == {"sparsity/actor_grown_kept": 0, "sparsity/critic_grown_kept": 1}
+    assert networks["dense"].masks == {}
+    assert all(map(torch.equal, dense, networks["dense"].parameters()))
+    args = script.Args(set_zeta=0.2, set_grow="init", set_regrow="gradient")
+    with pytest.raises(ValueError):
+        script.evolve_all(networks, optimizers, args)
+    backward(networks["actor"], [2, 2, 2])
+    backward(networks["critic"], [2, 2, 2])
+    script.evolve_all(networks, optimizers, args)
+    for name in ("actor", "critic"):
+        layer = networks[name].head_hidden
+        assert (layer.weight[layer.grown > 0] != 0).all()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mtsac_sparse_metaworld as script
-from mtsac_sparse_metaworld import Args, MultiHeadMLP, ReplayBuffer, Transitions
+from mtsac_sparse_metaworld import Args, ReplayBuffer, Transitions
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,15 +37,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_networks(num_tasks=3, layer_norm=False):
+def make_networks(num_tasks=3, device="cpu", **flags):
     torch.manual_seed(0)
-    networks = {
-        "actor": MultiHeadMLP(1, num_tasks, 39, 8, layer_norm),
-        "critic": MultiHeadMLP(2, num_tasks, 43, 1, layer_norm),
-    }
+    args = Args(env_names=("reach-v3",) * num_tasks, prune="none", **flags)
+    networks = script.make_networks(args, device)
     networks["target"] = copy.deepcopy(networks["critic"]).requires_grad_(False)
-    with torch.no_grad():  # biases that count, a target that is not the critic
+    with torch.no_grad():  # heads and biases that count, a target that is not the critic
         for network in networks.values():
+            network.head.weight.uniform_(-0.12, 0.12)
             for name, parameter in network.named_parameters():
                 if name.endswith("bias"):
                     parameter.uniform_(-0.1, 0.1)
@@ -100,13 +100,22 @@ def test_network_is_copies_of_a_trunk_and_a_head_per_task(name, layer_norm):
                 torch.testing.assert_close(output[i, task, sample], expected)
 
 
-def test_weights_are_he_uniform_and_biases_zero():
-    network = MultiHeadMLP(2, 3, 43, 1, False)
-    for name, fan_in in (("hidden1", 46), ("hidden2", 400), ("head", 400)):
-        layer, bound = network.get_submodule(name), math.sqrt(6 / fan_in)
-        assert 0.98 * bound < layer.weight.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05)
+@pytest.mark.parametrize("name, head_bound", [("actor", 1e-3), ("critic", 3e-3)])
+def test_hidden_layers_start_he_uniform_and_heads_small(name, head_bound):
+    def assert_uniform(drawn, bound, rel):
+        for extreme in (drawn.max(), -drawn.min()):
+            assert (1 - rel) * bound < extreme <= bound
+        assert drawn.std().item() == pytest.approx(bound / math.sqrt(3), rel=2 * rel)
+
+    torch.manual_seed(0)
+    network = script.make_networks(Args(benchmark="MT50"))[name]
+    in_size = {"actor": 39, "critic": 43}[name] + 50
+    for layer, fan_in in (("hidden1", in_size), ("hidden2", 400), ("hidden3", 400)):
+        layer = network.get_submodule(layer)
+        assert_uniform(layer.weight, math.sqrt(6 / fan_in), 0.02)
         assert not layer.bias.any()
+    assert_uniform(network.head.weight, head_bound, 0.02)
+    assert_uniform(network.head.bias, head_bound, 0.1)  # 400 or 100 of them
 
 
 def test_log_prob_against_torch_distributions():
@@ -191,9 +200,8 @@ def test_update_follows_the_plain_gradients():
     old = copy.deepcopy(networks)
     args = Args(max_grad_norm=1e9, tau=0.25, gamma=0.9)
     torch.manual_seed(7)
-    losses = script.update(
-        networks, log_alpha, make_optimizers(networks, log_alpha), batch, args
-    ).tolist()
+    optimizers = make_optimizers(networks, log_alpha)
+    losses = script.update(networks, log_alpha, optimizers, batch, args)
     start = log_alphas().detach()
 
     torch.manual_seed(7)
@@ -226,7 +234,9 @@ def test_update_follows_the_plain_gradients():
             torch.testing.assert_close(new, plain, rtol=1e-4, atol=1e-5)
     entropy_gap = log_probs.detach() - 4  # target entropy of four action dimensions
     alpha_loss = -(start[:, None] * entropy_gap).mean()
-    assert losses == pytest.approx([qf_loss.item(), actor_loss.item(), alpha_loss.item()], rel=1e-4)
+    plain = {"qf_loss": qf_loss, "actor_loss": actor_loss, "alpha_loss": alpha_loss}
+    plain = {name: loss.item() for name, loss in plain.items()}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(plain, rel=1e-4)
     torch.testing.assert_close(log_alpha.detach(), start + 0.1 * entropy_gap.mean(1) / 3)
 
 
@@ -250,7 +260,7 @@ def test_gradients_are_clipped_over_a_network_by_its_active_weights():
     before = copy.deepcopy(actor)
     optimizer = torch.optim.SGD(actor.parameters(), 1.0)
     loss = (actor(batch.obs) ** 2).sum() * 100
-    script.descend(loss, actor, optimizer, 0.01)
+    script.descend_clipped(loss, actor, optimizer, 0.01)
     steps = [(new - old).flatten() for new, old in zip(actor.parameters(), before.parameters())]  # noqa: B905
     assert torch.cat(steps).norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -310,7 +320,7 @@ def test_targets_are_masked_like_the_critics(scope, tmp_path, monkeypatch):
         for network in (critic, target):
             assert (network.get_submodule(name).weight[mask == 0] == 0).all()
         kept = mask == 1
-        assert (target.get_submodule(name).weight[kept] != 0).any()
+        assert (target.get_submodule(name).weight[kept] != 0).all()
         pruned, total = pruned + (mask == 0).sum().item(), total + mask.numel()
         if scope == "layer":  # each head's and each twin's layer alone
             rows = mask.flatten(1)
@@ -330,27 +340,101 @@ def test_only_the_asked_networks_are_pruned(prune, sparse, sparsifier, tmp_path,
 
 
 def test_set_keeps_its_counts_and_waits_for_learning(tmp_path, monkeypatch):
-    evolved, evolve = [], script.evolve
+    evolved, evolve = {1: [], 2: []}, script.evolve  # masks before and after, by a network's copies
 
-    def watch(network, optimizer, *rest):
-        evolved.append({name: mask.clone() for name, mask in network.masks.items()})
+    def watch(network, optimizer, *rule):
+        assert rule == (0.2, "gradient", "init")
         assert all(weight.grad is not None for weight in network.parameters())
-        evolve(network, optimizer, *rest)
+        before = copy.deepcopy(network.masks)
+        share = evolve(network, optimizer, *rule)
+        evolved[len(before["hidden1"])].append((before, copy.deepcopy(network.masks)))
+        return share
 
     monkeypatch.setattr(script, "evolve", watch)
-    options = dict(sparsifier="set", prune="both", set_frequency=9)
-    seen = stub_run(tmp_path, monkeypatch, **options, learning_starts=36)
-    assert len(evolved) == 2 * 4  # actor and critic at 45, 54, 63, 72
-    for name in ("actor", "critic"):
-        network = seen["networks"][name]
-        first = next(m for m in evolved if len(m["hidden1"]) == (1 if name == "actor" else 2))
-        for layer, mask in network.masks.items():
+    options = dict(sparsifier="set", prune="both", set_frequency=9, learning_starts=36)
+    rule = dict(set_zeta=0.2, set_regrow="gradient", set_grow="init")
+    seen = stub_run(tmp_path, monkeypatch, **options, **rule)
+    for name, masks in (("actor", evolved[1]), ("critic", evolved[2])):
+        [(first, _), (before, after), _] = masks  # at 45, 54 and 63; at 72 the run is over
+        active = total = grown = kept = 0
+        for layer, mask in seen["networks"][name].masks.items():
             assert mask.sum() == first[layer].sum()
             assert mask.all() or not torch.equal(mask, first[layer])  # ERK leaves small heads dense
-        shares = script.measure_sparsity(network)
-        assert shares[""] == pytest.approx(0.95, abs=1e-3)
+            active, total = active + mask.sum().item(), total + mask.numel()
+            new = after[layer] > before[layer]
+            grown, kept = grown + new.sum().item(), kept + mask[new].sum().item()
+        assert 1 - active / total == pytest.approx(0.95, abs=1e-3)
+        # The first evolution has nothing to log; of an episode's two there is the last one's
+        [(step, share)] = seen["logged"][f"sparsity/{name}_grown_kept"]
+        assert step == 72 and share == pytest.approx(kept / grown) and 0 < share < 1
     for layer, mask in seen["networks"]["critic"].masks.items():
         assert not seen["networks"]["target"].get_submodule(layer).weight[mask == 0].any()
+
+
+@pytest.mark.parametrize("grow", ["zero", "init"])
+@pytest.mark.parametrize("name, head_bound", [("actor", 1e-3), ("critic", 3e-3)])
+def test_evolution_drops_the_smallest_and_starts_the_grown_anew(name, head_bound, grow):
+    network = make_networks()[name]
+    script.draw_masks(network, dict(hidden1=0.1, hidden2=0.05, hidden3=0.05, head=0.7))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    for rule, what in ((("gradient", grow), "no gradient"), (("random", "normal"), "normal")):
+        with pytest.raises(ValueError, match=what):
+            script.evolve(network, optimizer, 0.5, *rule)
+    network(torch.randn(3, 40, {"actor": 39, "critic": 43}[name])).square().sum().backward()
+    optimizer.step()
+    script.apply_masks(network)
+    old, old_optimizer = copy.deepcopy((network, optimizer))
+    assert script.evolve(network, optimizer, 0.5, "random", grow).isnan()  # none was grown before
+    grown = {}
+    for layer in network.layers:
+        new, past = (n.get_submodule(layer).weight for n in (network, old))
+        now, was = network.masks[layer] > 0, old.masks[layer] > 0
+        dropped, kept = was & ~now, was & now
+        grown[layer] = fresh = now & ~was
+        for i in range(len(new)):  # each twin's layer and each task's head alone
+            moved = min(round(0.5 * was[i].sum().item()), (~was[i]).sum())  # heads: no more to grow
+            assert dropped[i].sum() == fresh[i].sum() == moved
+            assert past[i][dropped[i]].abs().max() <= past[i][kept[i]].abs().min()
+        assert torch.equal(new[kept], past[kept]) and not new[~now].any()
+        if grow == "zero":
+            assert not new[fresh].any()
+        else:
+            bound = head_bound if layer == "head" else math.sqrt(6 / new.shape[-1])
+            assert new[fresh].all() and 0.95 * bound < new[fresh].abs().max() <= bound
+            assert new[fresh].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            before, after = old_optimizer.state[past][moment], optimizer.state[new][moment]
+            assert before[fresh].any() and not after[fresh].any()
+            assert torch.equal(after[~fresh], before[~fresh])
+    share = script.evolve(network, optimizer, 0.5, "gradient", grow)
+    kept = sum(network.masks[layer][places].sum() for layer, places in grown.items())
+    assert share == kept / sum(places.sum() for places in grown.values())
+    assert (share == 0) == (grow == "zero")  # zeros are the smallest
+
+
+@pytest.mark.parametrize("sparsifier", ["gmp", "set"])
+def test_masks_change_in_their_order_with_evaluations(sparsifier, tmp_path, monkeypatch):
+    events, judges = [], ["measure_networks", "evaluate_mode", "critic_error"]
+
+    def record(name, function):
+        monkeypatch.setattr(script, name, lambda *args: (events.append(name), function(*args))[1])
+
+    for name in ("update", "prune", "evolve", *judges):
+        record(name, getattr(script, name))
+    every_12 = dict(prune_frequency=12, set_frequency=12)
+    stub_run(tmp_path, monkeypatch, prune="both", sparsifier=sparsifier, **every_12)
+    expected = []
+    for timestep in range(3, 73, 3):
+        expected += ["update"] * (timestep > 24)
+        if sparsifier == "gmp" and timestep % 12 == 0:
+            expected += ["prune"] * 2
+        if sparsifier == "set" and timestep in (36, 60):  # 12 and 24 are before learning
+            expected += ["evolve"] * 2
+        if timestep % 24 == 0:
+            expected += judges
+        if sparsifier == "set" and timestep == 48:  # 72 is after the last update
+            expected += ["evolve"] * 2
+    assert events == expected
 
 
 # Replay
@@ -362,12 +446,13 @@ def test_replay_keeps_the_latest_transitions_of_each_task():
     for step in range(13):
         row = np.array([step, 100.0 + step])
         buffer.add(row[:, None] + np.zeros(39), row[:, None] + np.zeros(4), row, row[:, None], row)
+        state, buffer = buffer.state_dict(), ReplayBuffer(11, 2, "cpu")
+        buffer.load_state_dict(state)  # and goes on like the saved one
+        for field in state["fields"]:  # an empty part would fill the checkpoint
+            assert field.untyped_storage().nbytes() == 4 * field.numel()
         latest = set(range(max(0, step - 4), step + 1))
-        held = buffer.filled()
-        assert [{*map(int, rewards)} for rewards in held.rewards] == [
-            latest,
-            {100 + s for s in latest},
-        ]
+        values = [{*map(int, rewards)} for rewards in Transitions(*state["fields"]).rewards]
+        assert values == [latest, {100 + s for s in latest}]
     torch.manual_seed(0)
     batch = buffer.sample(200)
     assert batch.next_obs.shape == (2, 200, 39)
@@ -431,9 +516,9 @@ def stub_run(tmp_path, monkeypatch, **changes):
 
     update = script.update
 
-    def watch(networks, *rest):
-        seen["networks"] = networks
-        return update(networks, *rest)
+    def watch(networks, log_alpha, optimizers, batch, args):
+        seen.update(networks=networks, batch=batch)
+        return update(networks, log_alpha, optimizers, batch, args)
 
     monkeypatch.setattr(script, "EPISODE_STEPS", 8)
     monkeypatch.setattr(script, "CRITIC_ERROR_STRIDE", 3)
@@ -444,7 +529,7 @@ def stub_run(tmp_path, monkeypatch, **changes):
     args = dict(
         env_names=Stub.names,
         total_timesteps=72,
-        batch_size=6,
+        batch_size=2,
         buffer_size=300,
         learning_starts=24,
         vectorization="sync",
@@ -463,8 +548,8 @@ def stub_run(tmp_path, monkeypatch, **changes):
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_no_transition_crosses_a_reset(bootstrap, tmp_path, monkeypatch):
     seen = stub_run(tmp_path, monkeypatch, prune="none", bootstrap_at_truncation=bootstrap)
-    held = seen["buffer"].filled()
-    assert held.rewards.shape == (3, 24)
+    held = Transitions(*seen["buffer"].state_dict()["fields"])
+    assert held.rewards.shape == (3, 24) and seen["batch"].rewards.shape == (3, 2)
     goals = []
     for task in range(3):
         for i in range(24):
@@ -488,10 +573,16 @@ def test_success_counts_at_any_step(tmp_path, monkeypatch):
     assert [value for _, value in logged["eval/success_rate"]] == pytest.approx([1 / 3] * 3)
     assert logged["eval/episodic_return/push"][0][1] == pytest.approx(8 + 3.6)
     assert [value for _, value in logged["charts/success/push"]] == [1.0] * 3
+    last = checkpoint(tmp_path / "run")["evaluation"]
+    assert last["success_rate"] == {"reach": 0.0, "push": 1.0, "pick-place": 0.0}
+    returns = {"reach": 3.6, "push": 11.6, "pick-place": 19.6}
+    assert last["episodic_return"] == pytest.approx(returns) and len(last) == 2
 
 
-def test_every_promised_tag_is_logged(tmp_path, monkeypatch):
-    logged = stub_run(tmp_path, monkeypatch, prune="both")["logged"]
+@pytest.mark.parametrize("sparsifier", ["gmp", "set"])
+def test_every_promised_tag_is_logged(sparsifier, tmp_path, monkeypatch):
+    options = dict(prune="both", sparsifier=sparsifier, set_frequency=12)
+    logged = stub_run(tmp_path, monkeypatch, **options)["logged"]
     tasks = ("reach", "push", "pick-place")
     tags = {f"losses/{name}" for name in ("qf_loss", "actor_loss", "alpha_loss")}
     tags |= {"eval/success_rate", "plasticity/fisher_trace", "plasticity/critic_error"}
@@ -502,8 +593,56 @@ def test_every_promised_tag_is_logged(tmp_path, monkeypatch):
         tags |= {f"plasticity/{network}_dormant_ratio", f"plasticity/{network}_effective_rank"}
         layers = ("", "/hidden1", "/hidden2", "/hidden3", "/head")
         tags |= {f"sparsity/{network}{layer}" for layer in layers}
+        tags |= {f"sparsity/{network}_grown_kept"} if sparsifier == "set" else set()
     assert logged.keys() == tags
     assert [step for step, _ in logged["losses/qf_loss"]] == [48, 72]  # 24 is warm-up
+
+
+# Run folder
+
+
+@pytest.mark.parametrize("sparsifier", ["gmp", "set"])
+def test_a_loaded_agent_is_the_trained_one(sparsifier, tmp_path, monkeypatch):
+    seen = stub_run(tmp_path, monkeypatch, sparsifier=sparsifier)
+    state = checkpoint(tmp_path / "run")
+    entries = """actor critic target actor_optimizer critic_optimizer alpha_optimizer temperatures
+    buffer timestep seconds evaluation args script"""
+    assert state.keys() == {*entries.split()}
+    actor, args, names = script.load_agent(str(tmp_path / "run"))
+    assert names == list(Stub.names) and args == Args(**state["args"])
+    assert args.sparsifier == sparsifier and args.total_timesteps == 72
+    assert not any(parameter.requires_grad for parameter in actor.parameters())
+    obs = torch.randn(3, 5, 39)
+    assert torch.equal(actor(obs), seen["networks"]["actor"](obs))
+    saved, x = state["actor"], torch.cat([obs, torch.eye(3)[:, None].expand(3, 5, 3)], -1)
+    for layer in ("hidden1", "hidden2", "hidden3"):
+        x = (x @ saved[f"{layer}.weight"][0].T + saved[f"{layer}.bias"][0]).relu()
+    for task in range(3):
+        output = x[task] @ saved["head.weight"][task].T + saved["head.bias"][task]
+        torch.testing.assert_close(actor(obs)[0, task], output)
+    assert_same(actor.masks, seen["networks"]["actor"].masks)
+
+
+def test_neither_a_stop_nor_evaluations_change_a_set_run(tmp_path, monkeypatch):
+    options = dict(sparsifier="set", prune="both", set_frequency=12, set_grow="init")
+    logged = stub_run(tmp_path / "whole", monkeypatch, **options)["logged"]
+    whole = checkpoint(tmp_path / "whole" / "run")
+    rare = dict(eval_frequency=72, plasticity_frequency=72)
+    stub_run(tmp_path / "rare", monkeypatch, **options, **rare)
+    assert_same(checkpoint(tmp_path / "rare" / "run"), whole)
+    signals, update = [signal.SIGTERM], script.update
+
+    def interrupt(*args):
+        if signals:
+            signal.raise_signal(signals.pop())
+        return update(*args)
+
+    monkeypatch.setattr(script, "update", interrupt)
+    stub_run(tmp_path, monkeypatch, **options)
+    assert checkpoint(tmp_path / "run")["timestep"] == 48  # where an evolution falls
+    script.train(Args(resume=str(tmp_path / "run")))
+    assert_same(checkpoint(tmp_path / "run"), whole)
+    assert scalars(tmp_path / "run") == logged
 
 
 # Evaluation and plasticity
@@ -526,9 +665,11 @@ def test_critic_error_against_a_plain_loop(bootstrap, monkeypatch):
     monkeypatch.setattr(script, "EPISODE_STEPS", 8)
     monkeypatch.setattr(script, "CRITIC_ERROR_STRIDE", 3)
     monkeypatch.setattr(script, "GoalEnv", Stub)
-    envs = script.make_envs(list(Stub.names), dict.fromkeys(Stub.names), "sync")
-    networks, log_alpha = make_networks(), log_alphas().detach()
+    monkeypatch.setattr(script.metaworld, "MT1", Benchmark)
     args = Args(gamma=0.9, bootstrap_at_truncation=bootstrap)
+    args = replace(args, env_names=Stub.names, vectorization="sync")
+    envs = script.make_vector_env(args)
+    networks, log_alpha = make_networks(), log_alphas().detach()
     torch.manual_seed(5)
     goals = np.array([[1, 2], [3, 4], [5, 6]])
     played = script.evaluate_mode(networks["actor"], envs, goals, "cpu")
@@ -599,10 +740,8 @@ def test_fisher_trace_is_the_variance_of_the_sampled_score():
     for task in range(2):
         mean, log_std = script.policy(actor, obs)
         for d in range(4):
-            for output, variance in (
-                (mean, math.exp(-2 * log_std[task, 0, d].item())),
-                (log_std, 2.0),
-            ):
+            of_mean = math.exp(-2 * log_std[task, 0, d].item())
+            for output, variance in ((mean, of_mean), (log_std, 2.0)):
                 actor.zero_grad()
                 output[task, 0, d].backward(retain_graph=True)
                 for name, p in actor.named_parameters():
@@ -620,19 +759,18 @@ def test_metrics_count_each_twins_neurons_and_leave_masked_ones_out():
         networks["critic"].hidden3.weight[1, :30] = 0
         networks["critic"].hidden3.bias[1, 0, :30] = -1
     after = script.measure_networks(networks, batch, args)
-    gained = after["critic_dormant_ratio"] - before["critic_dormant_ratio"]
+    name = "plasticity/critic_dormant_ratio"
+    gained = after[name] - before[name]
     assert gained == pytest.approx(30 / 2400, abs=1e-6)
-    assert after["actor_dormant_ratio"] == before["actor_dormant_ratio"]
+    assert after["plasticity/actor_dormant_ratio"] == before["plasticity/actor_dormant_ratio"]
     networks["critic"].masks["hidden3"] = torch.ones(2, 400, 400)
     networks["critic"].masks["hidden3"][1, :30] = 0
     masked = script.measure_networks(networks, batch, args)
-    assert masked["critic_dormant_ratio"] * 2370 == pytest.approx(
-        before["critic_dormant_ratio"] * 2400, abs=0.01
-    )
+    assert masked[name] * 2370 == pytest.approx(before[name] * 2400, abs=0.01)
     features = networks["actor"].activations(batch.obs)[0][-1][0].detach().double().numpy()
     singular = np.linalg.svd(features, compute_uv=False)
     rank = int((np.cumsum(singular) / singular.sum() < 0.99).sum()) + 1
-    assert after["actor_effective_rank"] == rank
+    assert after["plasticity/actor_effective_rank"] == rank
 
 
 # Meta-World itself
@@ -734,7 +872,8 @@ def test_kill_9_then_resume_gives_the_same_run(whole_run, tmp_path, capsys):
         out, err = process.communicate(timeout=20)  # the environments' processes end too
     assert (out, err) == ("", "")
     assert checkpoint(tmp_path)["timestep"] < 1500
-    assert checkpoint(tmp_path)["replay"][0].shape[1] == checkpoint(tmp_path)["added"] <= 1000
+    buffer = checkpoint(tmp_path)["buffer"]
+    assert buffer["fields"][0].shape[1] == buffer["added"] <= 1000
     script.train(Args(resume=str(tmp_path)))
     assert_same(checkpoint(tmp_path), whole_run[0])
     assert scalars(tmp_path) == whole_run[1]
@@ -769,11 +908,8 @@ def test_async_is_the_same_run_and_stops_on_sigterm(whole_run, tmp_path, monkeyp
 BAD = {
     "--env-names reach: must be tasks of Meta-World": dict(env_names=("reach",)),
     "--env-names reach-v3 reach-v3: must be": dict(env_names=("reach-v3",) * 2),
-    "--batch-size 1281: must be a multiple of the number of tasks": dict(batch_size=1281),
-    "--buffer-size 1000: must be at least one batch (--batch-size 1280)": dict(buffer_size=1000),
-    "--learning-starts 50000: must be less than --total-timesteps 50000": dict(
-        learning_starts=50_000, total_timesteps=50_000
-    ),
+    "--buffer-size 1279: must be at least a batch": dict(buffer_size=1279),
+    "--learning-starts 5000: must be below 5000": dict(learning_starts=5000, total_timesteps=5000),
     "--total-timesteps 4999: must be at least one episode of every task": dict(
         total_timesteps=4999
     ),
@@ -781,7 +917,8 @@ BAD = {
         buffer_size=10**12
     ),
     "--sparsity 1.0: must be in [0, 1)": dict(sparsity=1.0),
-    "--prune-start 0.8: must be 0 <= start < end <= 1": dict(prune_start=0.8),
+    "--prune-start 0.8: must be in [0, --prune-end 0.8)": dict(prune_start=0.8),
+    "--prune-end 1.5: must be in (0, 1]": dict(prune_end=1.5),
     "--set-zeta 1.0: must be in (0, 1)": dict(set_zeta=1.0),
     "--set-epsilon 0.0: must be positive": dict(set_epsilon=0.0),
     "--max-q -1.0: must be at least 0": dict(max_q=-1.0),
@@ -791,14 +928,14 @@ BAD = {
     "--updates-per-step 0: must be at least 1": dict(updates_per_step=0),
     "--eval-episodes 0: must be at least 1": dict(eval_episodes=0),
     "--learning-starts -1: must be at least 0": dict(learning_starts=-1),
-    "--device cuda: must be cpu or auto": dict(device="cuda"),
+    "--device cuda: must be auto or cpu": dict(device="cuda"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_ends_before_anything_is_made(message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "make_envs", None)
+    monkeypatch.setattr(script, "make_vector_env", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         script.train(Args(**BAD[message]))
@@ -808,10 +945,24 @@ def test_bad_input_ends_before_anything_is_made(message, capsys, monkeypatch, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_every_flag_is_documented():
+def test_default_flags_fit_any_number_of_tasks():
+    names = tuple(sorted(script.ALL_V3_ENVIRONMENTS))
+    chosen = [({"env_names": names[:number]}, number) for number in (1, 3, 7, 49)]
+    for flags, number in [({}, 10), ({"benchmark": "MT50"}, 50), *chosen]:
+        script.check_args(Args(**flags))
+        assert len({*script.task_ids(Args(**flags))} & {*names}) == number
+
+
+def test_every_flag_is_documented(capsys):
     source = Path(script.__file__).read_text()
-    documented = re.findall(r"^    (\w+): .* = .*\n    \"\"\"[^\n]+\"\"\"$", source, re.M)
-    assert documented == [field.name for field in fields(Args)]
+    documented = re.findall(r"^    (\w+): [^#\n]+ = [^#\n]+  # (\S[^\n]+)$", source, re.M)
+    assert [name for name, _ in documented] == [field.name for field in fields(Args)]
+    with pytest.raises(SystemExit):
+        tyro.cli(Args, args=["--help"])
+    shown = " ".join(re.sub("[─│╭╮╰╯]", " ", capsys.readouterr().out).split())
+    for name, text in documented:
+        flag, to_own_help = name.replace("_", "-"), r"(?:(?! --(?!no-)).)*"
+        assert re.search(rf" --{flag}[ ,]{to_own_help} {re.escape(text)} \(default", shown)
 
 
 # Devices
@@ -832,9 +983,9 @@ class OneDevice(TorchDispatchMode):
 
 def hygiene(plant=None):
     """The hot loop: replay, update, pruning, evolution, metrics' input, critic error."""
-    with torch.device("meta"):
-        networks, log_alpha = make_networks(), torch.zeros(3, requires_grad=True)
-        optimizers = make_optimizers(networks, log_alpha)  # torch's fused Adam knows no meta
+    networks = make_networks(device="meta")
+    log_alpha = torch.zeros(3, device="meta", requires_grad=True)
+    optimizers = make_optimizers(networks, log_alpha)  # torch's fused Adam knows no meta
     buffer = ReplayBuffer(60, 3, "meta")
     args = Args()
     if plant:
@@ -846,11 +997,13 @@ def hygiene(plant=None):
         script.update(networks, log_alpha, optimizers, buffer.sample(4), args)
         for sparsity in (0.5, 0.9):
             script.prune(networks["critic"], sparsity, args.prune_scope)
-        densities = script.set_densities(networks["actor"], 0.9, None)
-        script.draw_masks(networks["actor"], densities)
-        script.evolve(networks["actor"], optimizers["actor"], densities, 0.3, "gradient")
+        script.mask_target(networks)
+        actor = networks["actor"]
+        script.draw_masks(actor, script.set_densities(actor, 0.9, None))
+        for rule in (("gradient", "init"), ("random", "zero")):
+            script.evolve(actor, optimizers["actor"], 0.3, *rule)
         script.update(networks, log_alpha, optimizers, buffer.sample(4), args)
-        script.alive_neurons(networks["critic"])
+        script.plasticity.alive_neurons(networks["critic"])
         script.soft_returns(buffer.fields.rewards, buffer.fields.bootstrap, log_alpha, 0.9)
 
 

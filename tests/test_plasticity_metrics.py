@@ -1,8 +1,10 @@
-"""The metrics against closed forms and a plain per-sample loop."""
+"""The metrics against closed forms and a plain per-sample loop, the buffer against a deque."""
 
+import io
 import math
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from torch import nn
 
 from plasticity_metrics import (
     ObservationBuffer,
+    alive_neurons,
     dormant_ratio,
     dormant_scores,
     effective_rank,
     fisher_trace,
+    measure_sparsity,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -208,12 +212,12 @@ def test_fisher_trace_refuses_what_it_cannot_measure():
 def test_fisher_trace_of_the_whole_actor_fits_in_a_gigabyte():
     code = """
 import resource, torch
-from mtppo_gmp import MultiHeadNetwork
+from mtppo_gmp import Args, MultiHeadNetwork
 from plasticity_metrics import fisher_trace
-actor = MultiHeadNetwork((7, 7, 3), 5, 7, False)
-obs = torch.randint(0, 11, (5, 205, 7, 7, 3), dtype=torch.uint8)
+actor = MultiHeadNetwork((7, 7, 3), 5, 7, Args())
+obs = torch.randint(0, 11, (5 * 205, 7, 7, 3), dtype=torch.uint8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fisher_trace(actor, lambda: actor(obs).log_softmax(-1))
+fisher_trace(actor, lambda: actor(obs, [205] * 5).log_softmax(-1))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     grown = subprocess.run(
@@ -222,19 +226,116 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(grown.stdout) * 1024 < 2**30
 
 
+class Masked(nn.Module):
+    """A convolution, a linear layer, one with a weight per task and an output, masked by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+        self.linear = nn.Linear(3, 4)
+        self.heads = Heads(2, 4, 3)
+        self.output = nn.Linear(3, 2)
+        self.layers = dict(conv=1, linear=1, heads=2, output=1)
+        conv, heads = torch.zeros(3, 2, 2, 2), torch.ones(2, 3, 4)
+        conv[0, 1, 0, 1] = conv[2] = 1  # 9 of 24; the second channel is not alive
+        heads[0, 1] = heads[1, 0] = heads[1, 2, 1:] = 0  # 13 of 24
+        self.masks = {"conv": conv, "heads": heads, "output": torch.zeros(2, 3)}
+
+
+def test_alive_neurons_have_an_unmasked_incoming_weight():
+    conv, linear, heads = alive_neurons(Masked())
+    assert conv.tolist() == [True, False, True]
+    assert linear.tolist() == [True] * 4  # without a mask
+    assert heads.tolist() == [[True, False, True], [False, True, True]]
+    assert {conv.dtype, linear.dtype, heads.dtype} == {torch.bool}
+    dense = Masked()
+    dense.masks = {}
+    assert [alive.shape for alive in alive_neurons(dense)] == [(3,), (4,), (2, 3)]
+    assert all(alive.all() for alive in alive_neurons(dense))
+
+
+def test_sparsity_is_the_share_of_masked_weights():
+    actor, critic = Masked(), Masked()
+    critic.masks = {"linear": torch.tensor([[1.0, 0.0, 1.0]]).expand(4, 3)}
+    with torch.no_grad():
+        critic.conv.weight.zero_()  # zero, but not masked
+    assert measure_sparsity({"actor": actor, "critic": critic}) == {
+        "sparsity/actor": (15 + 11 + 6) / 66,
+        "sparsity/actor/conv": 15 / 24,
+        "sparsity/actor/linear": 0,
+        "sparsity/actor/heads": 11 / 24,
+        "sparsity/actor/output": 1,
+        "sparsity/critic": 4 / 66,
+        "sparsity/critic/conv": 0,
+        "sparsity/critic/linear": 4 / 12,
+        "sparsity/critic/heads": 0,
+        "sparsity/critic/output": 0,
+    }
+
+
+def held(buffer):
+    """What a buffer of few observations (1,) holds of each task: far more draws than those."""
+    return [set(task.flatten().tolist()) for task in buffer.sample(500)]
+
+
+def chunks(*sizes, start=0):
+    """(task, n, 1) for each n: one task counts from start on, the other is always 1000 ahead."""
+    for n in sizes:
+        yield torch.arange(start, start + n)[None, :, None] + torch.tensor([0, 1000])[:, None, None]
+        start += n
+
+
 def test_buffer_keeps_the_latest_of_each_task():
     buffer = ObservationBuffer(11, 2, (1,), torch.int64, "cpu")  # 5 per task
     with pytest.raises(ValueError):
         buffer.sample(3)
-    for i in range(3):
-        buffer.add(torch.tensor([[i], [100 + i]]))
-    assert set(buffer.sample(200)[0].flatten().tolist()) == {0, 1, 2}
-    for i in range(3, 12):
-        buffer.add(torch.tensor([[i], [100 + i]]))
-    sample = buffer.sample(200)
-    assert sample.shape == (2, 200, 1)
-    assert set(sample[0].flatten().tolist()) == {7, 8, 9, 10, 11}
-    assert set(sample[1].flatten().tolist()) == {107, 108, 109, 110, 111}
+    for chunk in chunks(1, 1, 1):
+        buffer.add(chunk)
+    assert held(buffer) == [{0, 1, 2}, {1000, 1001, 1002}]
+    for chunk in chunks(*[1] * 9, start=3):
+        buffer.add(chunk)
+    assert buffer.sample(200).shape == (2, 200, 1)
+    assert held(buffer) == [{7, 8, 9, 10, 11}, {1007, 1008, 1009, 1010, 1011}]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, 3, 3, 3, 3),  # wraps around at every place
+        (5, 1, 5, 4),  # exactly the capacity
+        (2, 7, 1, 1, 1),  # more than the capacity
+        (12, 3, 11, 2, 25),
+        (4, 0, 2),
+    ],
+)
+def test_buffer_is_a_deque_per_task(sizes):
+    buffer = ObservationBuffer(10, 2, (1,), torch.int64, "cpu")
+    plain = deque(maxlen=5), deque(maxlen=5)
+    for chunk in chunks(*sizes):
+        buffer.add(chunk)
+        for numbers, task in zip(chunk.flatten(1).tolist(), plain, strict=True):
+            task.extend(numbers)
+        assert held(buffer) == [set(task) for task in plain]
+
+
+@pytest.mark.parametrize("before", [3, 7])
+def test_a_buffer_goes_on_from_its_state(before):
+    buffer, other = (ObservationBuffer(10, 2, (1,), torch.int64, "cpu") for _ in range(2))
+    buffer.add(next(chunks(before)))
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert held(other) == held(buffer)
+    for chunk in chunks(1, 3, 1, start=before):
+        buffer.add(chunk)
+        other.add(chunk)
+        torch.manual_seed(0)
+        drawn = buffer.sample(20)
+        torch.manual_seed(0)
+        assert torch.equal(other.sample(20), drawn)  # slot by slot
+    latest = range(before, before + 5)
+    assert held(other) == [{*latest}, {1000 + i for i in latest}]
 
 
 def test_buffer_refuses_a_capacity_below_one_per_task():

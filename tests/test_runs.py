@@ -9,7 +9,6 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import tyro
@@ -19,6 +18,7 @@ import moe_sparse
 import moore_sparse
 import mtppo_gmp
 import mtppo_set
+import plasticity_metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -42,7 +42,7 @@ SCRIPTS = {  # each with all of its arms at once
     mtppo_gmp: COMMON_ARMS | dict(redo_frequency=75, reset_frequency=120, pcgrad=True),
     mtppo_set: COMMON_ARMS | SET,
     moe_sparse: COMMON_ARMS | dict(sparsifier="gmp"),
-    moore_sparse: COMMON_ARMS | SET | dict(sparsifier="set", orthogonal_mix=0.5),
+    moore_sparse: COMMON_ARMS | SET | dict(sparsifier="set", orthogonal_mix=0.5, set_grow="init"),
 }
 on_every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
@@ -80,6 +80,11 @@ def scalars(run_dir):
     }
 
 
+def masks_of(state, name):
+    """The masks of a checkpoint's network."""
+    return state[name]["_extra_state"]
+
+
 def assert_same(a, b):
     """Equal to the bit: networks, masks, optimisers, observations."""
     if isinstance(a, torch.Tensor):
@@ -106,47 +111,80 @@ def whole_runs(tmp_path_factory):
     """For each script a run that was never stopped: its checkpoint and scalars."""
     runs = {script: run(script, tmp_path_factory.mktemp(script.__name__)) for script in SCRIPTS}
     for state, _ in runs.values():
-        for name, masks in state["masks"].items():
-            assert masks
-            for layer, mask in masks.items():
-                assert (state["networks"][name][f"{layer}.weight"][mask == 0] == 0).all()
+        for name in ("actor", "critic"):
+            assert masks_of(state, name)
+            for layer, mask in masks_of(state, name).items():
+                assert (state[name][f"{layer}.weight"][mask == 0] == 0).all()
     return runs
 
 
 @on_every_script
 def test_masks_and_interventions_come_at_their_timesteps(script, monkeypatch, tmp_path):
-    steps, calls = [0], {}
+    """Inside a rollout run.timestep is that of its start; what comes at its end comes after the
+    update, and all but the masks' renewal after the evaluation, never after the last update."""
+    calls, runs = [], []
 
-    class CountingBuffer(script.ObservationBuffer):
-        def add(self, obs):  # once for each step of a rollout
-            steps[0] += 1
-            super().add(obs)
+    class Watched(script.Run):
+        def __init__(self, *args, **others):
+            runs.append(self)
+            super().__init__(*args, **others)
 
-    def record(name):
+    def record(name, details=lambda args: ()):
         function = getattr(script, name)
 
-        def recorder(network, *args):
-            details = args[:1] if name == "prune" else args[2:] if name == "evolve" else ()
-            calls.setdefault(name, []).append((steps[0], *details))
-            function(network, *args)
+        def recorder(*args):
+            calls.append((runs[0].timestep, name, *details(args)))
+            return function(*args)
 
         monkeypatch.setattr(script, name, recorder)
 
-    monkeypatch.setattr(script, "ObservationBuffer", CountingBuffer)
+    monkeypatch.setattr(script, "Run", Watched)
+    record("update_actor")
+    record("evaluate")
+    details = {"prune": lambda args: args[1:2], "evolve": lambda args: args[2:]}
     for name in ("prune", "evolve", "redo", "reset_output"):
         if hasattr(script, name):
-            record(name)
+            record(name, details.get(name, lambda args: ()))
     run(script, tmp_path)
-    expected = {}
-    if script in (mtppo_gmp, moe_sparse):  # from 30 = 5 % to 480 = 80 % of 600, every 25
-        shares = [(t, 0.95 * (1 - (1 - min((t - 30) / 450, 1)) ** 3)) for t in range(50, 601, 25)]
-        expected["prune"] = [(t, pytest.approx(x)) for t, x in shares for _ in range(2)]
-    else:
-        expected["evolve"] = [(t, 0.3, "gradient") for t in range(75, 601, 75) for _ in range(2)]
-    if script is mtppo_gmp:
-        expected["redo"] = [(t,) for t in range(75, 601, 75) for _ in range(2)]
-        expected["reset_output"] = [(t,) for t in (120, 120, 240, 240)]  # twice at the most
+    gmp = script in (mtppo_gmp, moe_sparse)
+    expected = []
+    for end in range(50, 601, 50):
+        start = end - 50
+
+        def prunes(now, shown, gmp=gmp):  # from 30 = 5 % to 480 = 80 % of 600, every 25
+            share = 0.95 * (1 - (1 - min(max((now - 30) / 450, 0), 1)) ** 3)
+            return [(shown, "prune", pytest.approx(share))] * 2 if gmp and share > 0 else []
+
+        expected += prunes(start + 25, start) + [(end, "update_actor")] + prunes(end, end)
+        expected += [(end, "evaluate")] if end % 200 == 0 else []
+        if end < 600 and end % 75 < 50:  # 75, 150, ... were reached
+            expected += [(end, "redo")] * 2 if script is mtppo_gmp else []
+            grow = {mtppo_set: "zero", moore_sparse: "init"}.get(script)
+            expected += [(end, "evolve", 0.3, "gradient", grow)] * 2 if grow else []
+        if end in (150, 250) and script is mtppo_gmp:  # 120 and 240, twice at the most
+            expected += [(end, "reset_output")] * 2
     assert calls == expected
+
+
+UNCHANGED = {  # nothing but the actor's own steps changes it between acting and its update
+    "SET": (mtppo_set, dict(set_frequency=500)),
+    "SET, grown weights drawn": (mtppo_set, dict(set_frequency=500, set_grow="init")),
+    "SET of experts": (moe_sparse, dict(set_frequency=500, sparsifier="set", num_experts=2)),
+    "ReDo": (mtppo_gmp, dict(sparsity=0, redo_frequency=500, redo_tau=0.5)),
+    "Reset": (mtppo_gmp, dict(sparsity=0, reset_frequency=500, max_resets=9)),
+}
+
+
+@pytest.mark.parametrize("script, flags", UNCHANGED.values(), ids=UNCHANGED)
+def test_the_update_is_made_for_the_policy_that_acted(script, flags, tmp_path):
+    """One gradient step per rollout begins where the policy acted: no ratio has moved by then."""
+    own = dict(env_ids=("MiniGrid-LavaGapS7-v0",), update_epochs=1, minibatch_size=500)
+    own |= dict(num_steps=500, actor_lr=0.01, total_timesteps=4000, eval_episodes=1)
+    script.train(script.Args(**own, **flags, plasticity_frequency=500, run_dir=str(tmp_path)))
+    logged = scalars(tmp_path)
+    assert len(logged["losses/clipfrac"]) == 8
+    assert all(value == 0 for _, value in logged["losses/clipfrac"])
+    assert all(abs(value) < 1e-6 for _, value in logged["losses/approx_kl"])
 
 
 def test_the_final_sparsity_is_reached_whatever_the_lengths(tmp_path):
@@ -155,14 +193,16 @@ def test_the_final_sparsity_is_reached_whatever_the_lengths(tmp_path):
     )
     for i, flags in enumerate((dict(prune_end=1.0), dict(prune_frequency=1000))):
         state, _ = run(mtppo_gmp, tmp_path / str(i), **odd, **flags)
-        masks = state["masks"]["actor"].values()
+        masks = masks_of(state, "actor").values()
         zeros = sum((mask == 0).sum().item() for mask in masks)
         assert zeros / sum(mask.numel() for mask in masks) == pytest.approx(0.95, abs=1e-5)
 
 
 ARMS = {  # flags that must reach the training
     mtppo_gmp: dict(weight_decay=0.1, layer_norm=True, pcgrad=True, prune_scope="layer"),
-    mtppo_set: dict(weight_decay=0.1, layer_norm=True, set_regrow="gradient", set_zeta=0.6),
+    mtppo_set: dict(
+        weight_decay=0.1, layer_norm=True, set_regrow="gradient", set_zeta=0.6, set_grow="init"
+    ),
     moe_sparse: dict(weight_decay=0.1, layer_norm=True, num_experts=3, prune_scope="layer"),
     moore_sparse: dict(weight_decay=0.1, layer_norm=True, orthogonal_mix=0.5),
 }
@@ -176,7 +216,7 @@ def test_every_arm_changes_the_weights(script, tmp_path):
 
     def weights(name, **flags):
         state, _ = run(script, tmp_path / name, **base | flags)
-        return state["networks"]["actor"]["head_hidden.weight"].clone()
+        return state["actor"]["head_hidden.weight"].clone()
 
     plain = weights("plain")
     assert torch.equal(plain, weights("again"))
@@ -187,7 +227,7 @@ def test_every_arm_changes_the_weights(script, tmp_path):
 @on_every_script
 def test_learning_rates_reach_their_networks(script, tmp_path):
     def networks(name, **flags):
-        return run(script, tmp_path / name, total_timesteps=50, **flags)[0]["networks"]
+        return run(script, tmp_path / name, total_timesteps=50, **flags)[0]
 
     plain, weight = networks("plain"), "head_output.bias"
     for name, other in (("actor", "critic"), ("critic", "actor")):
@@ -198,8 +238,7 @@ def test_learning_rates_reach_their_networks(script, tmp_path):
 
 @on_every_script
 def test_scores_are_returns_over_the_best_return(script, monkeypatch, tmp_path):
-    played = np.full((3, 1), 0.6), np.full((3, 1), 9.0)
-    monkeypatch.setattr(script, "evaluate", lambda *_: played)
+    monkeypatch.setattr(script, "evaluate", lambda *_: [[(0.5, 8), (0.7, 10)]] * 3)
     _, logged = run(script, tmp_path, total_timesteps=200)
     best = {"LavaGapS7": 0.9633, "RedBlueDoors-6x6": 0.9900, "MemoryS11": 0.9777}
     for task, value in best.items():
@@ -219,13 +258,14 @@ def test_two_runs_with_one_seed_are_equal_to_the_bit(script, whole_runs, tmp_pat
 
 def test_another_seed_is_another_run(whole_runs, tmp_path):
     state, _ = run(mtppo_gmp, tmp_path, seed=2, total_timesteps=100)
-    weights = [s["networks"]["actor"]["conv1.weight"] for s in (state, whole_runs[mtppo_gmp][0])]
+    weights = [s["actor"]["conv1.weight"] for s in (state, whole_runs[mtppo_gmp][0])]
     assert not torch.equal(*weights)
 
 
 def test_evaluation_and_metrics_do_not_disturb_training(whole_runs, tmp_path):
     state, _ = run(mtppo_gmp, tmp_path, eval_frequency=600, plasticity_frequency=600)
-    assert_same(state["networks"], whole_runs[mtppo_gmp][0]["networks"])
+    for name in ("actor", "critic"):
+        assert_same(state[name], whole_runs[mtppo_gmp][0][name])
 
 
 @on_every_script
@@ -240,12 +280,15 @@ def test_every_promised_tag_is_logged(script, whole_runs):
         tags |= {f"plasticity/{network}_dormant_ratio", f"plasticity/{network}_effective_rank"}
         tags |= {f"sparsity/{network}"} | {f"sparsity/{network}/{layer}" for layer in layers}
     tags |= {"plasticity/fisher_trace"}
+    if script in (mtppo_set, moore_sparse):
+        tags |= {f"sparsity/{network}_grown_kept" for network in ("actor", "critic")}
     if script in (moe_sparse, moore_sparse):
         tags |= {f"routing/{task}/expert_{i}" for task in tasks for i in range(2)}
     logged = whole_runs[script][1]
     charts = {tag for tag in logged if tag.startswith("charts/")}
     assert logged.keys() - charts == tags
-    allowed = {f"charts/{n}/{t}" for n in ("normalized_return", "episodic_length") for t in tasks}
+    names = ("normalized_return", "episodic_return", "episodic_length")
+    allowed = {f"charts/{name}/{task}" for name in names for task in tasks}
     assert charts and charts <= allowed
     assert [step for step, _ in logged["eval/normalized_return"]] == [200, 400, 600]
     assert [step for step, _ in logged["plasticity/fisher_trace"]] == list(range(100, 601, 100))
@@ -275,7 +318,7 @@ def test_times_and_arguments_are_logged(tmp_path):
 def test_the_masks_of_a_dense_run_are_none(script, tmp_path):
     dense = dict(sparsity=0) if "sparsifier" not in SCRIPTS[script] else dict(sparsifier="none")
     state, logged = run(script, tmp_path, total_timesteps=100, **dense)
-    assert state["masks"] == {"actor": {}, "critic": {}}
+    assert masks_of(state, "actor") == masks_of(state, "critic") == {}
     assert [value for _, value in logged["sparsity/critic"]] == [0.0, 0.0]
 
 
@@ -355,9 +398,9 @@ def test_a_crash_before_the_first_checkpoint_leaves_no_double_log(
             raise KeyboardInterrupt
         return measure(network)
 
-    measure = mtppo_gmp.measure_sparsity
+    measure = plasticity_metrics.measure_sparsity
     monkeypatch.setattr(mtppo_gmp, "open_log", open_log)
-    monkeypatch.setattr(mtppo_gmp, "measure_sparsity", crash)
+    monkeypatch.setattr(plasticity_metrics, "measure_sparsity", crash)
     with pytest.raises(KeyboardInterrupt):
         run(mtppo_gmp, tmp_path, checkpoint_frequency=600)
     assert checkpoint(tmp_path)["timestep"] == 0
@@ -391,25 +434,39 @@ def test_resuming_a_finished_run_prints_its_result_again(tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    mtppo_gmp.save_checkpoint(path, {"timestep": 1})
+    save, saved = torch.save, []
 
     def full(state, file):
-        file.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
+        if len(saved) == 2:
+            file.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        saved.append(state["timestep"])
+        save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        mtppo_gmp.save_checkpoint(path, {"timestep": 2})
-    assert checkpoint(tmp_path) == {"timestep": 1}
+        run(mtppo_gmp, tmp_path)
+    assert checkpoint(tmp_path)["timestep"] == saved[-1] == 100
+
+
+@on_every_script
+def test_the_agent_of_a_run_is_loaded_as_it_was_trained(script, tmp_path):
+    state, _ = run(script, tmp_path, total_timesteps=100)
+    actor, args, tasks = script.load_agent(str(tmp_path))
+    assert args.benchmark == "MT3" and args.num_steps == 50
+    assert tasks == [f"MiniGrid-{t}-v0" for t in ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")]
+    assert_same(dict(actor.state_dict()), dict(state["actor"]))
+    assert not any(parameter.requires_grad for parameter in actor.parameters())
+    obs = torch.from_numpy(script.make_env(tasks[1]).reset(seed=0)[0])
+    assert actor(obs[None], [0, 1, 0]).softmax(-1).sum().item() == pytest.approx(1)
 
 
 BAD = {
     "--sparsity 1.0: must be in [0, 1)": dict(sparsity=1.0),
     "--sparsity -0.1: must be in [0, 1)": dict(sparsity=-0.1),
     "--sparsity nan: must be in [0, 1)": dict(sparsity=float("nan")),
-    "--prune-start 0.8: must be 0 <= start < end <= 1 (--prune-end 0.8)": dict(prune_start=0.8),
-    "--prune-start 0.05: must be 0 <= start < end <= 1 (--prune-end 1.5)": dict(prune_end=1.5),
+    "--prune-start 0.8: must be in [0, --prune-end 0.8)": dict(prune_start=0.8),
+    "--prune-end 1.5: must be in (0, 1]": dict(prune_end=1.5),
     "--prune-start -0.1: must be": dict(prune_start=-0.1),
     "--prune-frequency 0: must be at least 1": dict(prune_frequency=0),
     "--eval-frequency 0: must be at least 1": dict(eval_frequency=0),
@@ -417,6 +474,8 @@ BAD = {
     "--checkpoint-frequency 0: must be": dict(checkpoint_frequency=0),
     "--redo-frequency -1: must be at least 0": dict(redo_frequency=-1),
     "--reset-frequency -1: must be at least 0": dict(reset_frequency=-1),
+    "--redo-frequency 500: must be 0 or at least --num-steps": dict(redo_frequency=500),
+    "--reset-frequency 1999: must be 0 or at least --num-steps": dict(reset_frequency=1999),
     "--eval-episodes 0: must be": dict(eval_episodes=0),
     "--minibatch-size 0: must be": dict(minibatch_size=0),
     "--update-epochs 0: must be": dict(update_epochs=0),
@@ -428,12 +487,8 @@ BAD = {
     "--gamma 1.5: must be in [0, 1]": dict(gamma=1.5),
     "--srank-delta 1.0: must be in [0, 1)": dict(srank_delta=1.0),
     "--weight-decay -1.0: must be": dict(weight_decay=-1.0),
-    "--total-timesteps 1999: must be at least one iteration (--num-steps 2000)": dict(
-        total_timesteps=1999
-    ),
-    "--plasticity-buffer-size 4: must be at least one observation per task": dict(
-        plasticity_buffer_size=4
-    ),
+    "--total-timesteps 1999: must be at least --num-steps 2000": dict(total_timesteps=1999),
+    "--plasticity-buffer-size 4: must be at least 1 per task": dict(plasticity_buffer_size=4),
     "--env-ids MiniGrid-DoorKey-6x6: must be registered MiniGrid tasks (like MiniGrid-DoorKey": (
         dict(env_ids=("MiniGrid-DoorKey-6x6",))
     ),
@@ -441,7 +496,7 @@ BAD = {
     "MiniGrid-Empty-5x5-v0 MiniGrid-Empty-5x5-v0: must be registered MiniGrid tasks": dict(
         env_ids=("MiniGrid-Empty-5x5-v0",) * 2
     ),
-    "--device cuda: must be cpu or auto": dict(device="cuda"),
+    "--device cuda: must be auto or cpu": dict(device="cuda"),
 }
 
 
@@ -455,7 +510,7 @@ BAD_SET = {
     "--sparsity 1.0: must be in [0, 1)": dict(sparsity=1.0),
 }
 BAD_GMP = {
-    "--prune-start 0.9: must be 0 <= start < end <= 1 (--prune-end 0.8)": dict(prune_start=0.9),
+    "--prune-start 0.9: must be in [0, --prune-end 0.8)": dict(prune_start=0.9),
     "--prune-frequency 0: must be at least 1": dict(prune_frequency=0),
 }
 BAD_EXPERTS = {
@@ -561,9 +616,18 @@ def test_the_command_line(tmp_path):
 
 @on_every_script
 def test_every_flag_is_documented(script):
+    """By the comment behind it, which is what --help shows."""
     source = Path(script.__file__).read_text()
-    documented = re.findall(r"^    (\w+): .* = .*\n    \"\"\"[^\n]+\"\"\"$", source, re.M)
-    assert documented == [field.name for field in fields(script.Args)]
+    documented = dict(re.findall(r"^    (\w+): .* = .*  # (.+)$", source, re.M))
+    assert list(documented) == [field.name for field in fields(script.Args)]
+    ended = subprocess.run(
+        command(script) + ["--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", ended.stdout).split())
+    for name, what in documented.items():
+        assert re.search(
+            rf"--{name.replace('_', '-')}\b[^#]*? {re.escape(what)} \(default: ", shown
+        )
 
 
 def test_flags_reach_the_run():

@@ -1,0 +1,85 @@
+"""On a GPU: whole runs, waits of the hot loop, and runs that change the device."""
+
+import pytest
+import torch
+from test_mtppo_gmp import random_rollout
+from test_runs import SCRIPTS, checkpoint, flags_of, scalars
+
+import moe_sparse
+import moore_sparse
+import mtppo_gmp
+import mtppo_set
+import mtsac_sparse_metaworld
+
+pytestmark = pytest.mark.cuda
+MINIGRID = pytest.mark.parametrize(
+    "script", [mtppo_gmp, mtppo_set, moe_sparse, moore_sparse], ids=lambda s: s.__name__
+)
+
+
+def on_cuda(*tensors):
+    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in tensors]
+
+
+@MINIGRID
+def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path):
+    """With every arm; the first iteration's losses, before rounding has spread."""
+    runs = {}
+    for device in ("cpu", "cuda"):
+        run_dir = tmp_path / device
+        script.train(script.Args(**flags_of(script), device=device, run_dir=str(run_dir)))
+        runs[device] = scalars(run_dir)
+    assert runs["cpu"].keys() == runs["cuda"].keys()
+    for tag in ("losses/value_loss", "losses/policy_loss", "losses/entropy", "sparsity/actor"):
+        (_, first_cpu), (_, first_cuda) = runs["cpu"][tag][0], runs["cuda"][tag][0]
+        assert first_cuda == pytest.approx(first_cpu, rel=1e-3, abs=1e-5), tag
+
+
+@MINIGRID
+def test_updates_do_not_wait_for_the_device(script):
+    args = script.Args(update_epochs=1, minibatch_size=20)
+    networks = {name: network.cuda() for name, network in script.make_networks(args).items()}
+    rollout = script.Rollout(*on_cuda(*random_rollout(5)[0]))
+    targets = torch.randn(5, 40, device="cuda")
+    for name, update in (("actor", script.update_actor), ("critic", script.update_critic)):
+        optimizer = torch.optim.Adam(networks[name].parameters(), fused=True)
+        update(networks[name], optimizer, rollout, targets, args)  # the first one makes its state
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update(networks[name], optimizer, rollout, targets, args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(script, tmp_path):
+    short = flags_of(script, total_timesteps=100)
+    script.train(script.Args(**short, device="cuda", run_dir=str(tmp_path)))
+    actor, _, _ = script.load_agent(str(tmp_path))
+    assert all(p.device.type == "cpu" for p in actor.parameters())
+    assert checkpoint(tmp_path)["timestep"] == 100
+
+
+def test_sac_updates_do_not_wait_for_the_device(tmp_path):
+    script = mtsac_sparse_metaworld
+    args = script.Args(env_names=("reach-v3", "push-v3"), prune="both", batch_size=8)
+    networks = {name: network.cuda() for name, network in script.make_networks(args).items()}
+    networks["target"] = script.make_networks(args)["critic"].cuda()
+    log_alpha = torch.zeros(2, device="cuda", requires_grad=True)
+    optimizers = {
+        name: torch.optim.Adam(parameters, fused=True)
+        for name, parameters in {
+            "actor": networks["actor"].parameters(),
+            "critic": networks["critic"].parameters(),
+            "alpha": [log_alpha],
+        }.items()
+    }
+    buffer = script.ReplayBuffer(100, 2, "cuda")
+    buffer.added = 20
+    for waits in (True, False):
+        torch.cuda.set_sync_debug_mode("default" if waits else "error")
+        try:
+            script.update(networks, log_alpha, optimizers, buffer.sample(8), args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
