@@ -68,8 +68,8 @@ class Args:
     sparsity: float = 0.95  # share of pruned weights (0: the dense baseline)
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each evolution
     set_frequency: int = 2000  # timesteps between two evolutions
-    set_epsilon: float | None = None  # SET's own density epsilon * (in + out) / (in * out) instead
-    set_regrow: Literal["random", "gradient"] = "random"  # or where the gradient is largest (RigL)
+    set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
+    set_regrow: Literal["random", "gradient"] = "random"  # grow at random, or by gradient (RigL)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
     # Comparison arms
@@ -80,13 +80,13 @@ class Args:
     eval_frequency: int = 10_000  # timesteps between two evaluations
     eval_episodes: int = 25  # episodes per task in an evaluation
     plasticity_frequency: int = 10_000  # timesteps between two measurements of plasticity
-    plasticity_batch_size: int = 1024  # observations they are computed on, as many of each task
+    plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
     plasticity_buffer_size: int = 100_000  # latest observations to draw them from, over all tasks
     dormant_tau: float = 0.001  # score up to which a neuron counts as dormant
     srank_delta: float = 0.01  # share of the singular values that the effective rank leaves out
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and data (auto: cuda if any)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
     run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
     checkpoint_frequency: int = 10_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with, with the run's own flags
@@ -484,7 +484,7 @@ def train(args: Args) -> None:
         print_summary(tasks, run.evaluation, run.seconds)
 
 
-# ======== Support: what surrounds the algorithm, the same in every script ========
+# ======== Support: what surrounds the algorithm ========
 
 
 # Tasks and environments
@@ -735,15 +735,15 @@ def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
-        fail(f"--resume {run_dir}: holds no checkpoint.pt, must be the folder of a run")
+        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        fail(f"--resume {run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
+        fail(f"{run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
-        fail(f"--resume {run_dir}: checkpoint.pt is of another script, must be one of this script")
+        fail(f"{run_dir}: checkpoint.pt is of another script, must be one of this script")
     if state["args"].keys() != asdict(Args()).keys():
-        fail(f"--resume {run_dir}: checkpoint.pt has the flags of another version of this script")
+        fail(f"{run_dir}: checkpoint.pt has the flags of another version of this script")
     return state
 
 

@@ -82,8 +82,8 @@ class Args:
     prune_scope: Literal["layer", "global"] = "layer"  # rank weights per layer or per network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each evolution
     set_frequency: int = 2000  # timesteps between two evolutions
-    set_epsilon: float | None = None  # SET's own density epsilon * (in + out) / (in * out) instead
-    set_regrow: Literal["random", "gradient"] = "random"  # or where the gradient is largest (RigL)
+    set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
+    set_regrow: Literal["random", "gradient"] = "random"  # grow at random, or by gradient (RigL)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
     # Comparison arms
@@ -94,12 +94,12 @@ class Args:
     eval_frequency: int = 200_000  # timesteps between two evaluations
     eval_episodes: int = 50  # episodes per task in an evaluation
     plasticity_frequency: int = 200_000  # timesteps between two measurements of plasticity
-    plasticity_batch_size: int = 1024  # observations they are computed on, as many of each task
+    plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
     dormant_tau: float = 0.001  # score up to which a neuron counts as dormant
     srank_delta: float = 0.01  # share of the singular values that the effective rank leaves out
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and data (auto: cuda if any)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
     run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
     checkpoint_frequency: int = 200_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with, with the run's own flags
@@ -474,7 +474,8 @@ def train(args: Args) -> None:
         goals = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
         returns, successes = np.zeros(num_tasks), np.zeros(num_tasks, bool)
         scalars, losses = {}, []
-        obs, _ = envs.reset(seed=goals)
+        with run.timed("env"):
+            obs, _ = envs.reset(seed=goals)
         for step in range(EPISODE_STEPS):
             learning = run.timestep >= args.learning_starts
             with run.timed("inference"):
@@ -495,7 +496,7 @@ def train(args: Args) -> None:
                 if args.sparsifier == "gmp":
                     if renew_masks(sparse, args, run.last_timestep, run.timestep, num_tasks):
                         mask_target(networks)
-                # Before learning, evolutions would only replace the drawn weights by zeros
+                # Off-policy, so inside an episode too; before learning, it would only grow zeros
                 evolves = learning and run.timestep % args.set_frequency < num_tasks
                 if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
                     scalars |= evolve_all(sparse, optimizers, args)
@@ -517,11 +518,9 @@ def train(args: Args) -> None:
                 eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
                 played = evaluate_mode(actor, eval_envs, eval_goals, device)
                 scalars["plasticity/critic_error"] = critic_error(networks, log_alpha, played, args)
-            rates, returns = played.successes.mean(1), played.rewards.sum(2).mean(1)
-            run.evaluation = by_task(tasks, success_rate=rates, episodic_return=returns)
-            scalars |= tags("eval", run.evaluation)
-            scores = run.evaluation["success_rate"]
-            scalars["eval/success_rate"] = sum(scores.values()) / num_tasks
+            rates, means = played.successes.mean(1), played.rewards.sum(2).mean(1)
+            run.evaluation = by_task(tasks, success_rate=rates, episodic_return=means)
+            scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean()}
 
         # Intervene: what was evaluated is what was trained
         if args.sparsifier == "set" and evolves and run.timestep < run.last_timestep:
@@ -535,13 +534,12 @@ def train(args: Args) -> None:
     run.close()
     envs.close()
     eval_envs.close()
-    size = (Path(args.run_dir) / "checkpoint.pt").stat().st_size
-    print(f"checkpoint.pt: {size:,} bytes")
+    print(f"checkpoint.pt: {os.path.getsize(f'{args.run_dir}/checkpoint.pt'):,} bytes")
     if run.timestep == run.last_timestep:
         print_results(tasks, run.evaluation, run.seconds)
 
 
-# ======== Support: what surrounds the algorithm, the same in every script ========
+# ======== Support: what surrounds the algorithm ========
 
 
 # Tasks and environments
@@ -741,12 +739,10 @@ def soft_returns(rewards: Tensor, bonuses: Tensor, tail: Tensor, gamma: float) -
 
 @torch.no_grad()
 def critic_error(networks: dict, log_alpha: Tensor, played: Evaluation, args: Args) -> float:
-    """Mean squared difference between the smaller Q and the soft return that followed.
-
-    On every CRITIC_ERROR_STRIDE-th state and action of the evaluation episodes. The soft return
-    adds, for each later state, the temperature times minus the log-prob of an action drawn there,
-    and with --bootstrap-at-truncation the critics' soft value of the last observation.
-    """
+    """Mean squared difference between the smaller Q and the soft return that followed, on every
+    CRITIC_ERROR_STRIDE-th state and action of the evaluation. The soft return adds, for each later
+    state, the temperature times minus the log-prob of an action drawn there, and with
+    --bootstrap-at-truncation the critics' soft value of the last observation."""
     actor, critic = networks["actor"], networks["critic"]
     alpha = log_alpha.exp()[:, None]
     actions, log_probs = draw_actions(*policy(actor, played.last_obs))
@@ -836,7 +832,11 @@ LIMITS = [  # flags, what they may be given all arguments, and the same in words
         "at least one episode of every task (500 timesteps each)",
     ),
     ("learning_starts", lambda x, args: x < args.total_timesteps, "below {total_timesteps}"),
-    ("buffer_size", lambda x, args: x >= args.batch_size * len(task_ids(args)), "at least a batch"),
+    (
+        "buffer_size",
+        lambda x, args: x >= args.batch_size * len(task_ids(args)),
+        "at least one batch (--batch-size {batch_size} of each task)",
+    ),
     ("device", lambda x, args: x != "cuda" or torch.cuda.is_available(), "auto or cpu: no CUDA"),
     ("buffer_size", lambda x, args: check_memory(args), "what fits in memory"),
 ]
@@ -889,15 +889,15 @@ def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
-        fail(f"--resume {run_dir}: holds no checkpoint.pt, must be the folder of a run")
+        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        fail(f"--resume {run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
+        fail(f"{run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
-        fail(f"--resume {run_dir}: checkpoint.pt is of another script, must be one of this script")
+        fail(f"{run_dir}: checkpoint.pt is of another script, must be one of this script")
     if state["args"].keys() != asdict(Args()).keys():
-        fail(f"--resume {run_dir}: checkpoint.pt has the flags of another version of this script")
+        fail(f"{run_dir}: checkpoint.pt has the flags of another version of this script")
     return state
 
 

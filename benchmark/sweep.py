@@ -83,8 +83,8 @@ def fail(message: str):
 def read_study(path: Path, runs_dir: Path) -> list[Run]:
     """Every run of a study file, seed by seed, each with its folder in runs_dir.
 
-    A study is TOML: `benchmarks`, `seeds`, and for each arm an `[[arms]]` table of name, script
-    and flags. Ends with exit code 2 if it is anything else.
+    A study is TOML: `benchmarks`, `seeds`, and for each arm an `[[arms]]` table of name, script,
+    flags and maybe `seeds`, if it has not all. Ends with exit code 2 if it is anything else.
     """
     try:
         study = tomllib.loads(path.read_text())
@@ -108,10 +108,13 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
     check(isinstance(arms, list) and bool(arms), "must hold at least one [[arms]] table")
     slugs, words = {}, {}  # arm -> script and flags in its run folders' names; its flags
     for arm in arms:
-        form = isinstance(arm, dict) and arm.keys() - {"flags"} == {"name", "script"}
+        form = isinstance(arm, dict) and arm.keys() - {"flags", "seeds"} == {"name", "script"}
         form = form and isinstance(arm["name"], str) and isinstance(arm["script"], str)
-        check(form, f"an arm must have name, script and maybe flags, given {arm}")
+        check(form, f"an arm must have name, script and maybe flags and seeds, given {arm}")
         name, script, flags = arm["name"], ROOT / arm["script"], arm.setdefault("flags", {})
+        own = arm.setdefault("seeds", seeds)
+        right = distinct(own, int) and {*own} <= {*seeds}
+        check(right, f"{name}: seeds must be some of the study's, each once")
         check(script.is_file() and script.suffix == ".py", f"{name}: {script} is not a script")
         check(isinstance(flags, dict), f"{name}: flags must be a table")
         text = script.read_text()
@@ -136,7 +139,7 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
     runs = []
     for seed in seeds:
         for benchmark in benchmarks:
-            for arm in arms:
+            for arm in (arm for arm in arms if seed in arm["seeds"]):
                 folder = runs_dir.resolve() / f"{benchmark}__{slugs[arm['name']]}__{seed}"
                 flags = ["--benchmark", benchmark, "--seed", str(seed), "--run-dir", str(folder)]
                 flags += words[arm["name"]]

@@ -30,7 +30,9 @@ import mtsac_sparse_metaworld
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmark"))
 
+import archive  # noqa: E402
 import report  # noqa: E402
+import speed  # noqa: E402
 import sweep  # noqa: E402
 
 STUDIES = sorted((ROOT / "benchmark" / "studies").glob("*.toml"))
@@ -419,6 +421,59 @@ def test_each_script_has_the_papers_arguments_by_default():
     assert known == (report.PAPER_ARGS | report.PPO_ARGS | report.SAC_ARGS).keys()
 
 
+# Archive and speed
+
+
+def test_an_archive_gives_the_same_report_and_counts_as_complete(tmp_path, capsys):
+    study = study_file(tmp_path / "study.toml", GMP, seeds="[1, 2, 3]")
+    plans = sweep.read_study(study, tmp_path / "runs")
+    for plan in plans[:2]:
+        scores = (0.1 * plan.seed, 0.5, 0.7)
+        write_log(plan.folder, seed=plan.seed, scores=scores, prune_scope="global")
+        (plan.folder / "output.txt").write_text("mean  0.5\n\nsum  9.9  100.0%\n")
+    write_log(plans[2].folder, seed=3, until=200)  # cut off
+    (plans[2].folder / "output.txt").write_text("stopped at timestep 200\n")
+    for new in (2, 0):  # the second time, there is nothing to do
+        archive.archive(archive.Args(tmp_path / "runs", tmp_path / "logs"))
+        assert f"{new} runs archived, {2 - new} were" in capsys.readouterr().out
+    for folder in ("runs", "logs"):
+        write_report(tmp_path / f"{folder}_report", study, runs_dir=tmp_path / folder)
+    for name in ("results.csv", "report.md"):
+        text = (tmp_path / "runs_report" / name).read_text().replace("incomplete", "")
+        if name == "report.md":  # but for the run that was cut off
+            text = text[: text.index("## Left out")]
+        assert text in (tmp_path / "logs_report" / name).read_text()
+    shutil.rmtree(tmp_path / "runs")
+    shutil.copytree(tmp_path / "logs", tmp_path / "runs")
+    moved = sweep.read_study(study, tmp_path / "runs")
+    assert [sweep.printed_summary(run.folder) for run in moved] == ["0.5", "0.5", None]
+
+
+def test_archive_and_speed_refuse_what_they_cannot_do(tmp_path, capsys):
+    for tool, args, message in (
+        (archive.archive, archive.Args(tmp_path, tmp_path / "out"), "holds no complete run"),
+        (speed.speed, speed.Args(arms=("PPO",)), "--arms PPO: must be of MTPPO dense, "),
+        (speed.speed, speed.Args(rounds=0), "--rounds 0: must be at least 1"),
+        (speed.speed, speed.Args(against=tmp_path), "must be a checkout"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            tool(args)
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_speed_prints_phases_shares_and_the_ratio(capsys, monkeypatch):
+    small = "mtppo_set", dict(num_steps=200, set_frequency=200), 200
+    monkeypatch.setitem(speed.ARMS, "MTPPO SET", small)
+    speed.speed(speed.Args(arms=("MTPPO SET",), against=ROOT, rounds=1, iterations=1))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| MTPPO")]
+    name, *phases, total, own, products, ratio = [cell.strip() for cell in rows[0].split("|")[1:-1]]
+    assert name == "MTPPO SET" and "other" in rows[1]
+    assert sum(map(float, phases)) == pytest.approx(float(total), abs=0.03)
+    assert 5 < float(own.strip("%")) < 90 and 5 < float(products.strip("%")) < 90
+    assert 0.3 < float(ratio.split()[0]) < 3
+
+
 # Studies
 
 
@@ -444,10 +499,14 @@ def test_studies_share_their_runs(tmp_path):
         path.stem: {run.folder for run in sweep.read_study(path, tmp_path)} for path in STUDIES
     }
     one, table = folders["experiment1_mt5_mtppo"], folders["table1"]
-    assert len(one) == 15 and one < table
-    assert folders["experiment3_architectures_mt3"] < table
-    for name in ("prune_scope", "experiment2_schedule"):
-        assert len(one & folders[name]) == 5
+    three = folders["experiment3_architectures_mt3"]
+    assert len(one) == 3 * 10 and one < table
+    assert len(three) == 6 * 10 + 3 * 5 and three < table  # SET on five seeds
+    for name, seeds in dict(
+        prune_scope=5, experiment2_schedule=10, set_readings=5, optimizers=5
+    ).items():
+        assert len(one & folders[name]) == seeds
+    assert len(three & folders["orthogonality"]) == 3 * 5
     assert not one & folders["fair_critic"]
     assert len(table) == 30 * 3 * (7 + 5 + 5)
 
@@ -468,7 +527,7 @@ BAD_STUDIES = {
     "seeds must be a list of integers, each once": [GMP, dict(seeds="[1, 1]")],
     "seeds must be a list of integers": [GMP, dict(seeds="3")],
     "must hold at least one [[arms]]": 'arms = []\nbenchmarks = ["MT3"]\nseeds = [1]',
-    "an arm must have name, script and maybe flags, given": (
+    "an arm must have name, script and maybe flags and seeds, given": (
         'benchmarks = ["MT3"]\nseeds = [1]\n[[arms]]\nname = "GMP"'
     ),
     "is not a script": [("GMP", "mtppo.py", ""), {}],

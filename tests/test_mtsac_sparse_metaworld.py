@@ -29,14 +29,6 @@ from mtsac_sparse_metaworld import Args, ReplayBuffer, Transitions
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_networks(num_tasks=3, device="cpu", **flags):
     torch.manual_seed(0)
     args = Args(env_names=("reach-v3",) * num_tasks, prune="none", **flags)
@@ -908,7 +900,9 @@ def test_async_is_the_same_run_and_stops_on_sigterm(whole_run, tmp_path, monkeyp
 BAD = {
     "--env-names reach: must be tasks of Meta-World": dict(env_names=("reach",)),
     "--env-names reach-v3 reach-v3: must be": dict(env_names=("reach-v3",) * 2),
-    "--buffer-size 1279: must be at least a batch": dict(buffer_size=1279),
+    "--buffer-size 1279: must be at least one batch (--batch-size 128 of each task)": dict(
+        buffer_size=1279
+    ),
     "--learning-starts 5000: must be below 5000": dict(learning_starts=5000, total_timesteps=5000),
     "--total-timesteps 4999: must be at least one episode of every task": dict(
         total_timesteps=4999

@@ -167,19 +167,19 @@ def test_masks_and_interventions_come_at_their_timesteps(script, monkeypatch, tm
 
 
 UNCHANGED = {  # nothing but the actor's own steps changes it between acting and its update
-    "SET": (mtppo_set, dict(set_frequency=500)),
-    "SET, grown weights drawn": (mtppo_set, dict(set_frequency=500, set_grow="init")),
-    "SET of experts": (moe_sparse, dict(set_frequency=500, sparsifier="set", num_experts=2)),
-    "ReDo": (mtppo_gmp, dict(sparsity=0, redo_frequency=500, redo_tau=0.5)),
-    "Reset": (mtppo_gmp, dict(sparsity=0, reset_frequency=500, max_resets=9)),
+    "SET": (mtppo_set, dict(set_frequency=250)),
+    "SET, grown weights drawn": (mtppo_set, dict(set_frequency=250, set_grow="init")),
+    "SET of experts": (moe_sparse, dict(set_frequency=250, sparsifier="set", num_experts=2)),
+    "ReDo": (mtppo_gmp, dict(sparsity=0, redo_frequency=250, redo_tau=0.5)),
+    "Reset": (mtppo_gmp, dict(sparsity=0, reset_frequency=250, max_resets=9)),
 }
 
 
 @pytest.mark.parametrize("script, flags", UNCHANGED.values(), ids=UNCHANGED)
 def test_the_update_is_made_for_the_policy_that_acted(script, flags, tmp_path):
     """One gradient step per rollout begins where the policy acted: no ratio has moved by then."""
-    own = dict(env_ids=("MiniGrid-LavaGapS7-v0",), update_epochs=1, minibatch_size=500)
-    own |= dict(num_steps=500, actor_lr=0.01, total_timesteps=4000, eval_episodes=1)
+    own = dict(env_ids=("MiniGrid-LavaGapS7-v0",), update_epochs=1, minibatch_size=250)
+    own |= dict(num_steps=250, actor_lr=0.01, total_timesteps=2000, eval_episodes=1)
     script.train(script.Args(**own, **flags, plasticity_frequency=500, run_dir=str(tmp_path)))
     logged = scalars(tmp_path)
     assert len(logged["losses/clipfrac"]) == 8

@@ -1,0 +1,76 @@
+"""Keep of complete runs what sweep.py and report.py need, in folders small enough to commit.
+
+A run of 400,000 timesteps leaves about 30 KB: its arguments, its evaluations and measurements of
+plasticity, and what it printed. A study that takes days goes on elsewhere from there:
+
+    python benchmark/archive.py runs/sweep benchmark/logs
+    cp -r benchmark/logs/. runs/sweep                       # on a new machine, before sweep.py
+"""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from sweep import fail, printed_summary
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class Args:
+    """Keep of complete runs what sweep.py and report.py need."""
+
+    runs_dir: tyro.conf.Positional[Path]  # folder of run folders, as sweep.py makes it
+    out: tyro.conf.Positional[Path]  # folder to write to; what is there already stays
+
+
+def archive_run(folder: Path, target: Path) -> None:
+    """Write a run's log to a new folder, thinned to what report.py reads, and what it printed."""
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = log.Tags()["scalars"]
+    evaluated = {
+        event.step for tag in tags if tag.startswith("eval/") for event in log.Scalars(tag)
+    }
+    [text] = log.Tensors("args/text_summary")[0].tensor_proto.string_val
+    with tempfile.TemporaryDirectory(dir=target.parent) as partial:
+        with SummaryWriter(partial) as writer:
+            writer.add_text("args", text.decode())
+            for tag in tags:
+                group, *rest = tag.split("/")
+                events = log.Scalars(tag)
+                if group == "sparsity" and len(rest) == 1:  # of a network; in every iteration
+                    events = [e for e in events if e.step in evaluated or e is events[0]]
+                elif group not in ("eval", "plasticity"):
+                    continue
+                for event in events:
+                    writer.add_scalar(tag, event.value, event.step)
+        [events_file] = Path(partial).glob("events.out.tfevents.*")
+        target.mkdir()
+        shutil.move(events_file, target / "events.out.tfevents.archive")
+        shutil.copy(folder / "output.txt", target)  # last: with it, the run counts as complete
+
+
+def archive(args: Args) -> None:
+    """Archive every complete run that is not there yet."""
+    folders = sorted(file.parent for file in args.runs_dir.glob("*/output.txt"))
+    complete = [folder for folder in folders if printed_summary(folder)]
+    if not complete:
+        fail(f"{args.runs_dir}: holds no complete run")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{args.out}: must be a folder to write to ({error.strerror})")
+    new = [folder for folder in complete if not printed_summary(args.out / folder.name)]
+    for folder in new:
+        shutil.rmtree(args.out / folder.name, ignore_errors=True)  # of an archiving cut off
+        archive_run(folder, args.out / folder.name)
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(
+        f"{len(new)} runs archived, {len(complete) - len(new)} were; {size:,} bytes in {args.out}"
+    )
+
+
+if __name__ == "__main__":
+    archive(tyro.cli(Args))
