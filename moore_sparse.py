@@ -220,7 +220,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     """Renew the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
-    was pruned ranks last, so that it never comes back. Needs network.layers, {name of a layer: how
+    was pruned ranks last: while sparsity grows, it stays so. Needs network.layers, {name: how
     many layers of one shape its weight stacks, 1 for a plain one}, and network.masks, {} at first,
     {name: zeros and ones in its weight's shape} then. apply_masks must follow every optimiser step.
     """
@@ -348,7 +348,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
         scores = scores.view_as(magnitudes).masked_fill(active, -1.0)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        kept, grown = (x.view_as(layer.weight) for x in (kept, keep_largest(scores, moved)))
+        kept, grown = kept.view_as(layer.weight), keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
@@ -418,11 +418,12 @@ def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, r
                     now[i] = policy.number(i, env.reset()[0])
         with run.timed("sparsify"):
             if renew and step + 1 < num_steps and renew(run.timestep + step + 1):
-                policy.log_probs = None
+                policy.log_probs = None  # the actor has changed
     steps = np.array(steps, dtype=TRANSITION)  # (task, num_steps)
     order, views, counts = policy.by_task(0)
-    for field in ("view", "next_view"):  # from the order in which they came to that of views
-        steps[field] = order.argsort()[steps[field]]
+    rank = order.argsort()  # of each number among views
+    for field in ("view", "next_view"):
+        steps[field] = rank[steps[field]]
     fields = {field: to_device(steps[field].copy(), run.device) for field in steps.dtype.names}
     return Rollout(views, counts, index=steps["view"], **fields), episodes
 
@@ -528,8 +529,8 @@ def train(args: Args) -> None:
     )
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
     run = Run(args, checkpoint, device, args.num_steps, networks, optimizers, buffer=buffer)
-    renew = partial(renew_masks, networks, args, run.last_timestep)
-    renew = renew if args.sparsifier == "gmp" else None
+    gmp = args.sparsifier == "gmp"
+    renew = partial(renew_masks, networks, args, run.last_timestep) if gmp else None
 
     while run.goes_on():
         # Collect, with masks renewed on the way
@@ -568,7 +569,8 @@ def train(args: Args) -> None:
             scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
 
         # Intervene: what acts next is what was changed, and what was evaluated is what was trained
-        if run.reached(args.set_frequency) and run.timestep < run.last_timestep:
+        evolves = args.sparsifier == "set" and run.reached(args.set_frequency)
+        if evolves and run.timestep < run.last_timestep:
             with run.timed("sparsify"):
                 seed_all(args.seed, INTERVENTIONS, run.timestep)
                 scalars |= evolve_all(networks, optimizers, args)
@@ -654,7 +656,7 @@ def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[
 
 
 def to_device(array: np.ndarray, device) -> Tensor:
-    """A copy on the device, made without waiting for what it still computes."""
+    """The array on the device, without waiting for it; on the CPU in the same memory."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 

@@ -186,7 +186,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     """Renew the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
-    was pruned ranks last, so that it never comes back. Needs network.layers, {name of a layer: how
+    was pruned ranks last: while sparsity grows, it stays so. Needs network.layers, {name: how
     many layers of one shape its weight stacks, 1 for a plain one}, and network.masks, {} at first,
     {name: zeros and ones in its weight's shape} then. apply_masks must follow every optimiser step.
     """
@@ -312,13 +312,12 @@ def pcgrad_backward(losses: Tensor, network: nn.Module) -> None:
     losses.mean().backward(retain_graph=True)
     trunk = [layer for layer in network.layers if layer.startswith("conv")]
     parameters = [p for layer in trunk for p in network.get_submodule(layer).parameters()]
-    # Pruned weights take no part: weight and bias of each layer in turn
-    masks = [m for layer in trunk for m in (network.masks.get(layer, 1.0), 1.0)]
+    masks = {network.get_submodule(name).weight: mask for name, mask in network.masks.items()}
     rows = []
-    for loss in losses:
+    for loss in losses:  # pruned weights take no part
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-        masked = [(g * m).flatten() for g, m in zip(gradients, masks, strict=True)]
-        rows.append(torch.cat(masked))
+        pairs = zip(gradients, parameters, strict=True)
+        rows.append(torch.cat([(g * masks.get(p, 1.0)).flatten() for g, p in pairs]))
     mean = project_conflicts(torch.stack(rows)).mean(0)
     for p, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p)
@@ -372,11 +371,12 @@ def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, r
                     now[i] = policy.number(i, env.reset()[0])
         with run.timed("sparsify"):
             if renew and step + 1 < num_steps and renew(run.timestep + step + 1):
-                policy.log_probs = None
+                policy.log_probs = None  # the actor has changed
     steps = np.array(steps, dtype=TRANSITION)  # (task, num_steps)
     order, views, counts = policy.by_task(0)
-    for field in ("view", "next_view"):  # from the order in which they came to that of views
-        steps[field] = order.argsort()[steps[field]]
+    rank = order.argsort()  # of each number among views
+    for field in ("view", "next_view"):
+        steps[field] = rank[steps[field]]
     fields = {field: to_device(steps[field].copy(), run.device) for field in steps.dtype.names}
     return Rollout(views, counts, index=steps["view"], **fields), episodes
 
@@ -603,7 +603,7 @@ def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[
 
 
 def to_device(array: np.ndarray, device) -> Tensor:
-    """A copy on the device, made without waiting for what it still computes."""
+    """The array on the device, without waiting for it; on the CPU in the same memory."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 

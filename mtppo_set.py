@@ -259,7 +259,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
         scores = scores.view_as(magnitudes).masked_fill(active, -1.0)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        kept, grown = (x.view_as(layer.weight) for x in (kept, keep_largest(scores, moved)))
+        kept, grown = kept.view_as(layer.weight), keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
@@ -329,11 +329,12 @@ def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, r
                     now[i] = policy.number(i, env.reset()[0])
         with run.timed("sparsify"):
             if renew and step + 1 < num_steps and renew(run.timestep + step + 1):
-                policy.log_probs = None
+                policy.log_probs = None  # the actor has changed
     steps = np.array(steps, dtype=TRANSITION)  # (task, num_steps)
     order, views, counts = policy.by_task(0)
-    for field in ("view", "next_view"):  # from the order in which they came to that of views
-        steps[field] = order.argsort()[steps[field]]
+    rank = order.argsort()  # of each number among views
+    for field in ("view", "next_view"):
+        steps[field] = rank[steps[field]]
     fields = {field: to_device(steps[field].copy(), run.device) for field in steps.dtype.names}
     return Rollout(views, counts, index=steps["view"], **fields), episodes
 
@@ -553,7 +554,7 @@ def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[
 
 
 def to_device(array: np.ndarray, device) -> Tensor:
-    """A copy on the device, made without waiting for what it still computes."""
+    """The array on the device, without waiting for it; on the CPU in the same memory."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 

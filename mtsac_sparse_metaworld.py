@@ -211,7 +211,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     """Renew the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
-    was pruned ranks last, so that it never comes back. Needs network.layers, {name of a layer: how
+    was pruned ranks last: while sparsity grows, it stays so. Needs network.layers, {name: how
     many layers of one shape its weight stacks, 1 for a plain one}, and network.masks, {} at first,
     {name: zeros and ones in its weight's shape} then. apply_masks must follow every optimiser step.
     """
@@ -339,7 +339,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
         scores = scores.view_as(magnitudes).masked_fill(active, -1.0)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        kept, grown = (x.view_as(layer.weight) for x in (kept, keep_largest(scores, moved)))
+        kept, grown = kept.view_as(layer.weight), keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":

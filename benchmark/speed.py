@@ -92,11 +92,16 @@ def shares(arm: str, args: Args) -> tuple[float, float]:
     """The shares of an iteration that the environments' own steps and the matrix products take."""
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module(ARMS[arm][0])
-    runs, spent = [], [0.0]
+    runs, spent, before = [], [0.0], []
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.device == "cuda")
+    profiler = profile(activities=activities)
 
     class Watched(script.Run):
-        def __init__(self, *args, **others):
-            super().__init__(*args, **others)
+        def end_iteration(self, *args):
+            super().end_iteration(*args)
+            if not before:  # what follows is counted
+                before.append((spent[0], sum(self.seconds[phase] for phase in PHASES)))
+                profiler.start()
             runs.append(self)
 
     def timed(step):
@@ -122,18 +127,18 @@ def shares(arm: str, args: Args) -> tuple[float, float]:
     for name, value in (replaced | dict(Run=Watched)).items():
         setattr(script, name, value)
     Env.step = timed(Env.step)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.device == "cuda")
     with tempfile.TemporaryDirectory() as run_dir, redirect_stdout(io.StringIO()):
-        with profile(activities=activities) as profiled:
-            script.train(script.Args(**flags_of(arm, 2, args.device, run_dir)))
+        script.train(script.Args(**flags_of(arm, 2, args.device, run_dir)))
+        profiler.stop()
     for name, value in own[0].items():
         setattr(script, name, value)
     Env.step = own[1]
     time_of = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
-    events = [event for event in profiled.key_averages() if PRODUCTS.match(event.key)]
+    events = [event for event in profiler.key_averages() if PRODUCTS.match(event.key)]
     products = sum(getattr(event, time_of) for event in events) / 1e6
-    total = sum(runs[0].seconds[phase] for phase in PHASES)
-    return spent[0] / total, products / total
+    [(spent_before, seconds_before)] = before
+    total = sum(runs[0].seconds[phase] for phase in PHASES) - seconds_before
+    return (spent[0] - spent_before) / total, products / total
 
 
 def row(name: str, seconds: list[dict[str, float]]) -> str:
