@@ -12,15 +12,22 @@ section 4, MOORE; networks and training loop of arXiv 2311.11385).
     python moore_sparse.py --benchmark MT5 --sparsifier gmp --seed 1
 """
 
+import copy
+import io
+import itertools
 import math
 import os
+import platform
+import shutil
 import signal
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
@@ -232,10 +239,15 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         for name, weight in weights.items():
             rows = scores[name].view(network.layers[name], -1)  # (layer, its weights)
             keep = rows.shape[1] - round(sparsity * rows.shape[1])
+            if keep == 0:
+                raise ValueError(f"leaves none of the {rows.shape[1]} weights of a {name}")
             network.masks[name] = keep_largest(rows, keep).view_as(weight)
     elif scope == "global":
         row = torch.cat([score.flatten() for score in scores.values()])
-        mask = keep_largest(row[None], len(row) - round(sparsity * len(row)))[0]
+        keep = len(row) - round(sparsity * len(row))
+        if keep < sum(network.layers.values()):
+            raise ValueError(f"leaves {keep} weights, fewer than layers")
+        mask = keep_largest(row[None], keep)[0]
         parts = mask.split([weight.numel() for weight in weights.values()])
         for (name, weight), part in zip(weights.items(), parts, strict=True):
             network.masks[name] = part.view_as(weight)
@@ -316,8 +328,10 @@ def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     for name, density in densities.items():
         layer = network.get_submodule(name)
         scores = torch.rand_like(layer.weight).view(network.layers[name], -1)
-        mask = keep_largest(scores, round(density * scores.shape[1]))
-        network.masks[name] = mask.view_as(layer.weight)
+        keep = round(density * scores.shape[1])
+        if keep == 0:
+            raise ValueError(f"leaves none of the {scores.shape[1]} weights of a {name}")
+        network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
         layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last evolution
     apply_masks(network)
 
@@ -508,7 +522,7 @@ def update_critic(critic, optimizer, rollout, returns, args: Args, backward=None
 
 def train(args: Args) -> None:
     """Train, evaluate and measure one run."""
-    args, checkpoint = open_run(args, "custom" if args.env_ids else args.benchmark)
+    args = read_args(args)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     env_ids, num_tasks = task_ids(args), len(task_ids(args))
     tasks = [env_id.removeprefix("MiniGrid-").removesuffix("-v0") for env_id in env_ids]
@@ -528,56 +542,58 @@ def train(args: Args) -> None:
         args.plasticity_buffer_size, num_tasks, obs_shape, torch.uint8, device
     )
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
-    run = Run(args, checkpoint, device, args.num_steps, networks, optimizers, buffer=buffer)
+    name = "custom" if args.env_ids else args.benchmark
+    run = Run(args, name, device, args.num_steps, networks, optimizers, buffer=buffer)
     gmp = args.sparsifier == "gmp"
     renew = partial(renew_masks, networks, args, run.last_timestep) if gmp else None
 
-    while run.goes_on():
-        # Collect, with masks renewed on the way
-        env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
-        rollout, episodes = collect(envs, actor, env_seeds, args.num_steps, run, renew)
-        buffer.add(rollout.views[rollout.view])
-        run.timestep += args.num_steps
+    with run:
+        while run.goes_on():
+            # Collect, with masks renewed on the way
+            env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
+            rollout, episodes = collect(envs, actor, env_seeds, args.num_steps, run, renew)
+            buffer.add(rollout.views[rollout.view])
+            run.timestep += args.num_steps
 
-        # Update
-        with run.timed("update"):
-            advantages, returns, explained_variance = estimate_advantages(critic, rollout, args)
-            losses = update_critic(critic, optimizers["critic"], rollout, returns, args)
-            losses |= update_actor(actor, optimizers["actor"], rollout, advantages, args)
-            losses["explained_variance"] = explained_variance
-            scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-        with run.timed("sparsify"):
-            if renew:
-                renew(run.timestep)
-
-        # Measure and evaluate
-        scalars |= plasticity.measure_sparsity(networks)
-        scalars |= tags("charts", summarize(tasks, episodes))
-        for task, weights in zip(tasks, actor.task_encoder.weight.T.tolist(), strict=True):
-            scalars |= {f"routing/{task}/expert_{i}": w for i, w in enumerate(weights)}
-        if run.is_due(args.plasticity_frequency):
-            with run.timed("metrics"):
-                seed_all(args.seed, METRICS, run.timestep)
-                scalars |= measure_plasticity(networks, buffer.sample(metrics_size), args)
-        if run.is_due(args.eval_frequency):
-            with run.timed("eval"):
-                num_episodes = num_tasks * args.eval_episodes
-                env_seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
-                run.evaluation = summarize(tasks, evaluate(actor, eval_envs, env_seeds, device))
-            scalars |= tags("eval", run.evaluation)
-            scores = run.evaluation["normalized_return"]
-            scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
-
-        # Intervene: what acts next is what was changed, and what was evaluated is what was trained
-        evolves = args.sparsifier == "set" and run.reached(args.set_frequency)
-        if evolves and run.timestep < run.last_timestep:
+            # Update
+            with run.timed("update"):
+                advantages, returns, explained_variance = estimate_advantages(critic, rollout, args)
+                losses = update_critic(critic, optimizers["critic"], rollout, returns, args)
+                losses |= update_actor(actor, optimizers["actor"], rollout, advantages, args)
+                losses["explained_variance"] = explained_variance
+                scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
+                run.check_finite(scalars)
             with run.timed("sparsify"):
-                seed_all(args.seed, INTERVENTIONS, run.timestep)
-                scalars |= evolve_all(networks, optimizers, args)
+                if renew:
+                    renew(run.timestep)
 
-        # Log and save
-        run.end_iteration(scalars, num_tasks, "charts/normalized_return")
-    run.close()
+            # Measure and evaluate
+            scalars |= plasticity.measure_sparsity(networks)
+            scalars |= tags("charts", summarize(tasks, episodes))
+            for task, weights in zip(tasks, actor.task_encoder.weight.T.tolist(), strict=True):
+                scalars |= {f"routing/{task}/expert_{i}": w for i, w in enumerate(weights)}
+            if run.is_due(args.plasticity_frequency):
+                with run.timed("metrics"):
+                    seed_all(args.seed, METRICS, run.timestep)
+                    scalars |= measure_plasticity(networks, buffer.sample(metrics_size), args)
+            if run.is_due(args.eval_frequency):
+                with run.timed("eval"):
+                    num_episodes = num_tasks * args.eval_episodes
+                    env_seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
+                    run.evaluation = summarize(tasks, evaluate(actor, eval_envs, env_seeds, device))
+                scalars |= tags("eval", run.evaluation)
+                scores = run.evaluation["normalized_return"]
+                scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
+
+            # Intervene: after the evaluation of what was trained, before the next acting
+            evolves = args.sparsifier == "set" and run.reached(args.set_frequency)
+            if evolves and run.timestep < run.last_timestep:
+                with run.timed("sparsify"):
+                    seed_all(args.seed, INTERVENTIONS, run.timestep)
+                    scalars |= evolve_all(networks, optimizers, args)
+
+            # Log and save
+            run.end_iteration(scalars, num_tasks, "normalized_return", "normalized_return")
     if run.timestep == run.last_timestep:
         print_summary(tasks, run.evaluation, run.seconds)
 
@@ -616,13 +632,27 @@ def make_env(env_id: str) -> gym.Env:
 
 def make_envs(env_ids: list[str]) -> list[gym.Env]:
     """One environment per task, all with the same spaces."""
-    envs = [make_env(env_id) for env_id in env_ids]
+    envs = []
+    for env_id in env_ids:
+        try:
+            make_env(env_id).reset(seed=0)  # some find here alone that they cannot
+            envs.append(make_env(env_id))
+        except Exception as error:  # an environment may raise anything
+            fail(f"--env-ids {env_id}: cannot be made ({type(error).__name__}: {error})")
     for env_id, env in zip(env_ids, envs, strict=True):
         for space in ("observation_space", "action_space"):
             given, first = getattr(env, space), getattr(envs[0], space)
             if given != first:
                 fail(f"--env-ids {env_id}: {space} {given} must equal {env_ids[0]}'s {first}")
     return envs
+
+
+def sparsify_or_fail(args: Args, sparsify, *inputs) -> None:
+    """Call a sparsifier, and end the run before it begins where it cannot do the sparsity."""
+    try:
+        sparsify(*inputs)
+    except ValueError as error:
+        fail(f"--sparsity {args.sparsity}: {error}")
 
 
 def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
@@ -638,7 +668,11 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     set_sparsity = args.sparsity if args.sparsifier == "set" else 0.0
     for network in networks.values():
         network.to(device)
-        draw_masks(network, set_densities(network, set_sparsity, args.set_epsilon))
+        densities = set_densities(network, set_sparsity, args.set_epsilon)
+        sparsify_or_fail(args, draw_masks, network, densities)
+        if args.sparsifier == "gmp":
+            trial = copy.deepcopy(network)
+            sparsify_or_fail(args, prune, trial, args.sparsity, args.prune_scope)
     return networks
 
 
@@ -763,12 +797,30 @@ def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) 
             hidden, features, _ = network.activations(obs, counts)
         alive = plasticity.alive_neurons(network)
         layers, alive = [*hidden[:-1], *hidden[-1]], [*alive[:-1], *alive[-1]]  # each head apart
-        metrics[f"{name}_dormant_ratio"] = plasticity.dormant_ratio(layers, args.dormant_tau, alive)
-        metrics[f"{name}_effective_rank"] = plasticity.effective_rank(features, args.srank_delta)
-    metrics["fisher_trace"] = plasticity.fisher_trace(
-        actor, lambda: F.log_softmax(actor(obs, counts), dim=-1), actor.masks
+        metrics |= measured(
+            f"{name}_dormant_ratio", plasticity.dormant_ratio, layers, args.dormant_tau, alive
+        )
+        metrics |= measured(
+            f"{name}_effective_rank", plasticity.effective_rank, features, args.srank_delta
+        )
+    log_probs = partial(policy_log_probs, actor, obs, counts)
+    return metrics | measured(
+        "fisher_trace", plasticity.fisher_trace, actor, log_probs, actor.masks
     )
-    return {f"plasticity/{name}": value for name, value in metrics.items()}
+
+
+def policy_log_probs(actor: nn.Module, obs: Tensor, counts: list[int]) -> Tensor:
+    """Of all actions (N, action), for obs (N, h, w, c)."""
+    return F.log_softmax(actor(obs, counts), dim=-1)
+
+
+def measured(name: str, measure, *args) -> dict[str, float]:
+    """A metric under its tag, or a line that says why it cannot be measured."""
+    try:
+        return {f"plasticity/{name}": measure(*args)}
+    except ValueError as error:
+        tqdm.write(f"{name}: not measured ({error})", file=sys.stderr or sys.stdout)
+        return {}
 
 
 def print_summary(tasks: list[str], evaluation: dict, seconds: dict[str, float]) -> None:
@@ -819,6 +871,7 @@ LIMITS = [  # flags, what they may be given all arguments, and the same in words
         "registered MiniGrid tasks (like MiniGrid-DoorKey-6x6-v0), each named once",
     ),
     ("device", lambda x, args: x != "cuda" or torch.cuda.is_available(), "auto or cpu: no CUDA"),
+    ("num_steps", lambda x, args: check_room(args), "what fits in memory"),
 ]
 
 
@@ -839,16 +892,44 @@ def check_args(args: Args) -> None:
                 fail(f"{flag} {shown}: must be {what.format(**vars(args))}")
 
 
+def check_room(args: Args) -> bool:
+    """End with an error where what a flag asks for does not fit in the memory of --device."""
+    free, num_tasks = available_bytes(args.device), len(task_ids(args))
+    needs = {  # bytes, roughly: a step's objects in Python, a view, an expert in both updates
+        "num_steps": args.num_steps * num_tasks * 700,
+        "plasticity_buffer_size": args.plasticity_buffer_size * 147,
+        "num_experts": getattr(args, "num_experts", 0) * 15_000_000,
+    }
+    for name, needed in needs.items():
+        if needed > free:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            fail(f"{flag}: needs about {needed:,} bytes, must fit in the {free:,} that are free")
+    return True
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a new tensor on --device may take."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # Run folder
 
 
 def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script."""
     path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
+    except OSError as error:
+        fail(f"{str(run_dir)[:200]}: checkpoint.pt must be readable ({error.strerror})")
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         fail(f"{run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
@@ -867,33 +948,64 @@ def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
-def open_run(args: Args, name: str) -> tuple[Args, dict | None]:
-    """Check the arguments and make the run folder; or load a run's own ones and its checkpoint."""
+def read_args(args: Args) -> Args:
+    """Check the arguments, or take a run's own ones with --device and --num-threads as given."""
     if args.resume is not None:
-        if args != Args(resume=args.resume):
-            fail(f"--resume {args.resume}: goes on with the run's own flags, must stand alone")
+        given = dict(resume=args.resume, device=args.device, num_threads=args.num_threads)
+        if args != Args(**given):
+            fail(f"--resume {args.resume}: only --device and --num-threads may stand beside it")
         checkpoint = load_checkpoint(args.resume)
-        args = replace(Args(**checkpoint["args"]), run_dir=args.resume)
-        check_args(args)
-        return args, checkpoint
+        own = Args(**checkpoint["args"])
+        device = own.device if args.device == "auto" else args.device
+        num_threads = args.num_threads or checkpoint.get("num_threads", own.num_threads)
+        own = replace(own, device=device, num_threads=num_threads)
+        args = replace(own, run_dir=args.resume, resume=args.resume)
     check_args(args)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    return args
+
+
+def open_folder(args: Args, name: str) -> tuple[Path, io.TextIOBase]:
+    """The run's folder, made if it is new, by default runs/<name>__<script>__<seed>__<time>, and a
+    lock on it, held as long as the file is open: by the operating system, so that a kill frees it.
+    """
     default = f"runs/{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or default)
-    if any(run_dir.glob("checkpoint.pt")) or any(run_dir.glob("events.out.tfevents.*")):
-        fail(f"--run-dir {run_dir}: already holds a run, must be another folder (or --resume it)")
     try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
-        (run_dir / "checkpoint.partial").touch()
+        for number in itertools.count(2):
+            try:
+                run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+                break
+            except FileExistsError:  # another run began in this second
+                if args.run_dir:
+                    raise
+                run_dir = Path(f"{default}_{number}")
+        lock = open(run_dir / "lock", "a+")
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            fail(f"{run_dir}: is in use by {lock.read() or 'another process'}")
+        except (ImportError, OSError):
+            pass  # a system, or a file system, without locks
+        if args.resume is None and [*run_dir.glob("checkpoint.pt"), *run_dir.glob("events.*")]:
+            fail(f"{run_dir}: already holds a run, must be another folder (or --resume it)")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
     except OSError as error:
-        fail(f"--run-dir {run_dir}: must be a new or a writable folder ({error.strerror})")
-    return replace(args, run_dir=str(run_dir)), None
+        fail(f"{str(run_dir)[:200]}: must be a new or a writable folder ({error.strerror})")
+    return run_dir, lock
 
 
-def open_log(args: Args, timestep: int) -> SummaryWriter:
+def open_log(run_dir: Path, args: Args, timestep: int) -> SummaryWriter:
     """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
-    if any(Path(args.run_dir).glob("events.out.tfevents.*")):
+    if any(run_dir.glob("events.out.tfevents.*")):
         time.sleep(1)  # they are read in the order of their names, which begin with the second
-    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1)
+    writer = SummaryWriter(str(run_dir), purge_step=timestep + 1)
     if timestep == 0:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
@@ -901,40 +1013,57 @@ def open_log(args: Args, timestep: int) -> SummaryWriter:
 
 
 class Run:
-    """What surrounds the algorithm: timestep, log, times, checkpoint, signals. SIGINT and SIGTERM
-    end it in good order after the current iteration, a second one of the same kind at once."""
+    """What surrounds the algorithm: timestep, log, times, checkpoint, signals. SIGINT or SIGTERM
+    drops what is half done of an iteration, saves and ends the run; a second one ends it at once.
+    Numbers that are not finite, a process that died and a full disk end it with one line."""
 
     PROGRESS = ("timestep", "seconds", "evaluation")  # of its own, what a checkpoint holds
 
-    def __init__(self, args, checkpoint, device, stride, networks, optimizers, **others):
-        """stride: timesteps of an iteration; networks, optimizers (by their networks' names) and
-        others: what else a checkpoint holds, each with state_dict and load_state_dict."""
-        self.args, self.device, self.stride = args, device, stride
-        if args.num_threads:
-            torch.set_num_threads(args.num_threads)
+    def __init__(self, args, name, device, stride, networks, optimizers, **others):
+        """name: of the default folder; stride: timesteps of an iteration; networks, optimizers (by
+        their networks' names) and others: what else a checkpoint holds, each with state_dict and
+        load_state_dict."""
+        self.args, self.device, self.stride, self.networks = args, device, stride, networks
         optimizers = {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
         self.parts = networks | optimizers | others
         self.last_timestep = args.total_timesteps // stride * stride
         self.timestep, self.evaluation = 0, {}
         self.seconds = dict.fromkeys("env inference update sparsify metrics eval".split(), 0.0)
-        if checkpoint:
+        self.run_dir, self.lock = open_folder(args, name)
+        self.busy, self.stopped, self.handlers, self.saved_timestep = True, False, {}, -1
+        if args.resume is not None:
+            checkpoint = load_checkpoint(self.run_dir)
             for name in self.PROGRESS:
                 setattr(self, name, checkpoint[name])
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-        else:
+            self.saved_timestep = self.timestep
+        self.take_snapshot()
+
+    def __enter__(self):
+        if self.args.resume is None:
             self.save()
         self.start_timestep, self.start_time = self.timestep, time.perf_counter()
-        self.writer = open_log(args, self.timestep)
-        self.stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        self.writer = open_log(self.run_dir, self.args, self.timestep)
         bar = dict(total=self.last_timestep, initial=self.timestep, unit="timestep")
-        self.bar = tqdm(**bar, disable=None)  # None: at a terminal alone
+        self.bar = tqdm(**bar, disable=None if sys.stderr else True)  # None: at a terminal alone
+        if threading.current_thread() is threading.main_thread():
+            numbers = signal.SIGINT, signal.SIGTERM
+            self.handlers = {n: signal.signal(n, self.stop) for n in numbers}
+        self.busy = False
+        return self
 
     def stop(self, number, frame) -> None:
+        """Ends the iteration at once, or where the run is busy saving, as soon as it is not."""
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
         self.stopped = True
-        signal.signal(number, signal.SIG_DFL)
+        again = f"once more: at once, to go on from timestep {self.saved_timestep}"
+        line = f"\nsaving timestep {self.snapshot['timestep']} before it stops ({again})\n"
+        with suppress(OSError):
+            os.write(2, line.encode())  # print may not be called while it writes
+        if not self.busy:
+            raise KeyboardInterrupt
 
     def goes_on(self) -> bool:
         return self.timestep < self.last_timestep and not self.stopped
@@ -955,42 +1084,89 @@ class Run:
         yield
         self.seconds[phase] += time.perf_counter() - start
 
-    def save(self) -> None:
-        """Write atomically: a reader finds the old checkpoint or the new one, never a part."""
-        state = {"script": Path(__file__).stem, "args": asdict(self.args)}
+    def check_finite(self, scalars: dict[str, float]) -> None:
+        """Raise FloatingPointError where a loss or a network's parameter is not finite."""
+        known = {"losses/explained_variance"}  # that of returns that are all the same
+        bad = [name for name in scalars.keys() - known if not math.isfinite(scalars[name])]
+        for name, network in self.networks.items():
+            if not all(parameter.isfinite().all() for parameter in network.parameters()):
+                bad.append(f"a parameter of the {name}")
+        if bad:
+            raise FloatingPointError(f"diverged at timestep {self.timestep}: {bad[0]} not finite")
+
+    def take_snapshot(self) -> None:
+        """Keep what a checkpoint holds, as it is between two iterations."""
+        state = {"script": Path(__file__).stem, "num_threads": torch.get_num_threads()}
+        state["args"] = asdict(replace(self.args, resume=None, run_dir=str(self.run_dir)))
         state |= {name: getattr(self, name) for name in self.PROGRESS}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        partial = Path(self.args.run_dir) / "checkpoint.partial"
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, partial.with_suffix(".pt"))
+        self.snapshot = copy.deepcopy(state)
 
-    def end_iteration(self, scalars: dict[str, float], steps: int, score: str) -> None:
-        """Log, save if it is time to, and move the bar, which shows the mean of the tags that begin
-        with score. steps: environment steps of a timestep."""
+    def save(self) -> None:
+        """Write atomically: a reader finds the old checkpoint or the new one, never a part."""
+        partial = self.run_dir / f"checkpoint.{os.getpid()}.partial"
+        try:
+            with open(partial, "wb") as file:
+                torch.save(self.snapshot, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.run_dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:  # torch's writer does not say why
+            partial.unlink(missing_ok=True)
+            raise OSError(f"checkpoint.pt could not be written ({error})") from error
+        self.saved_timestep = self.snapshot["timestep"]
+
+    def end_iteration(self, scalars: dict[str, float], steps: int, shown: str, score: str) -> None:
+        """Log, save if it is time to, and show how it goes: at a terminal a bar with the mean of
+        charts/<shown>, else a line at each evaluation with eval/<score>. steps: environment steps
+        of a timestep."""
+        self.busy = True
         seconds = time.perf_counter() - self.start_time
-        sps = steps * (self.timestep - self.start_timestep) / seconds
+        timesteps = self.timestep - self.start_timestep
+        sps, sparsity = steps * timesteps / seconds, scalars["sparsity/actor"]
         times = {f"time/{phase}": value for phase, value in self.seconds.items()}
         for tag, value in (scalars | {"charts/SPS": sps} | times).items():
             self.writer.add_scalar(tag, value, self.timestep)
+        self.take_snapshot()
         if self.is_due(self.args.checkpoint_frequency):
             self.writer.flush()  # before the checkpoint, so that the log never lags behind it
             self.save()
-        shown = [value for tag, value in scalars.items() if tag.startswith(score)]
-        mean, sparsity = np.mean(shown or [math.nan]), scalars["sparsity/actor"]
+        values = [x for tag, x in scalars.items() if tag.startswith(f"charts/{shown}")]
+        mean = np.mean(values or [math.nan])
         self.bar.set_postfix_str(f"return={mean:.3f}, sparsity={sparsity:.3f}, SPS={sps:.0f}")
         self.bar.update(self.stride)
+        if self.bar.disable and f"eval/{score}" in scalars:
+            left = (self.last_timestep - self.timestep) * seconds / timesteps
+            values = f"score {scalars[f'eval/{score}']:.3f}, sparsity {sparsity:.3f}"
+            print(f"timestep {self.timestep}: {values}, {left / 60:.0f} min left", flush=True)
+        self.busy = False
 
-    def close(self) -> None:
-        """End bar and log, save what a signal cut off, and say how to go on."""
+    def __exit__(self, kind, error, traceback) -> bool:
+        """End bar and log, save the last whole iteration, and say why and how to go on."""
+        self.busy, self.timestep = True, self.snapshot["timestep"]
         self.bar.close()
-        self.writer.close()
-        if self.stopped:
-            self.save()
-        if self.timestep < self.last_timestep:
-            print(f"stopped at timestep {self.timestep}, to go on: --resume {self.args.run_dir}")
+        try:
+            self.writer.close()
+            if self.saved_timestep < self.timestep:
+                self.save()
+        except OSError as failed:
+            error = failed
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.lock.close()
+        go_on = f"to go on from timestep {self.saved_timestep}: --resume {quote(str(self.run_dir))}"
+        if isinstance(error, FloatingPointError | OSError):
+            free = f"{shutil.disk_usage(self.run_dir).free:,} bytes of its disk are free"
+            what = (
+                error
+                if isinstance(error, FloatingPointError | ChildProcessError)
+                else f"{error}, {free}"
+            )
+            print(f"error: {self.run_dir}: {what}; {go_on}", file=sys.stderr)
+            raise SystemExit(1)
+        if self.stopped and self.timestep < self.last_timestep:
+            print(f"stopped at timestep {self.timestep}, {go_on}")
+        return self.stopped and kind is KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -15,15 +15,21 @@ agent; a timestep is one environment step of one task. Tensors are (task, batch,
 
 import atexit
 import copy
+import io
+import itertools
 import math
 import os
+import platform
+import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
@@ -223,10 +229,15 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         for name, weight in weights.items():
             rows = scores[name].view(network.layers[name], -1)  # (layer, its weights)
             keep = rows.shape[1] - round(sparsity * rows.shape[1])
+            if keep == 0:
+                raise ValueError(f"leaves none of the {rows.shape[1]} weights of a {name}")
             network.masks[name] = keep_largest(rows, keep).view_as(weight)
     elif scope == "global":
         row = torch.cat([score.flatten() for score in scores.values()])
-        mask = keep_largest(row[None], len(row) - round(sparsity * len(row)))[0]
+        keep = len(row) - round(sparsity * len(row))
+        if keep < sum(network.layers.values()):
+            raise ValueError(f"leaves {keep} weights, fewer than layers")
+        mask = keep_largest(row[None], keep)[0]
         parts = mask.split([weight.numel() for weight in weights.values()])
         for (name, weight), part in zip(weights.items(), parts, strict=True):
             network.masks[name] = part.view_as(weight)
@@ -307,8 +318,10 @@ def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     for name, density in densities.items():
         layer = network.get_submodule(name)
         scores = torch.rand_like(layer.weight).view(network.layers[name], -1)
-        mask = keep_largest(scores, round(density * scores.shape[1]))
-        network.masks[name] = mask.view_as(layer.weight)
+        keep = round(density * scores.shape[1])
+        if keep == 0:
+            raise ValueError(f"leaves none of the {scores.shape[1]} weights of a {name}")
+        network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
         layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last evolution
     apply_masks(network)
 
@@ -446,7 +459,7 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
 
 def train(args: Args) -> None:
     """Train, evaluate and measure one run."""
-    args, checkpoint = open_run(args, "custom" if args.env_names else args.benchmark)
+    args = read_args(args)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = [name.removesuffix("-v3") for name in task_ids(args)]
     num_tasks, envs, eval_envs = len(tasks), make_vector_env(args), make_vector_env(args)
@@ -466,75 +479,83 @@ def train(args: Args) -> None:
     }
     buffer = ReplayBuffer(args.buffer_size, num_tasks, device)
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
+    name, stride = "custom" if args.env_names else args.benchmark, num_tasks * EPISODE_STEPS
     parts = dict(temperatures=temperatures, buffer=buffer)
-    run = Run(args, checkpoint, device, num_tasks * EPISODE_STEPS, networks, optimizers, **parts)
+    run = Run(args, name, device, stride, networks, optimizers, **parts)
 
-    while run.goes_on():
-        # One episode of every task, with an update after each step
-        goals = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
-        returns, successes = np.zeros(num_tasks), np.zeros(num_tasks, bool)
-        scalars, losses = {}, []
-        with run.timed("env"):
-            obs, _ = envs.reset(seed=goals)
-        for step in range(EPISODE_STEPS):
-            learning = run.timestep >= args.learning_starts
-            with run.timed("inference"):
-                actions = choose_actions(actor, obs, learning)
+    with run:
+        while run.goes_on():
+            # One episode of every task, with an update after each step
+            goals = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
+            returns, successes = np.zeros(num_tasks), np.zeros(num_tasks, bool)
+            scalars, losses = {}, []
             with run.timed("env"):
-                next_obs, rewards, terminated, truncated, info = envs.step(actions)
-                ended = terminated | (truncated & (not args.bootstrap_at_truncation))
-                buffer.add(obs, actions, rewards, next_obs, ~ended)
-                obs = next_obs
-                returns += rewards
-                successes |= info["success"] > 0
-            run.timestep += num_tasks
-            with run.timed("update"):
-                for _ in range(args.updates_per_step if learning else 0):
-                    batch = buffer.sample(args.batch_size)
-                    losses.append(update(networks, log_alpha, optimizers, batch, args))
-            with run.timed("sparsify"):
-                if args.sparsifier == "gmp":
-                    if renew_masks(sparse, args, run.last_timestep, run.timestep, num_tasks):
+                obs, _ = envs.reset(seed=goals)
+            for step in range(EPISODE_STEPS):
+                learning = run.timestep >= args.learning_starts
+                with run.timed("inference"):
+                    actions = choose_actions(actor, obs, learning)
+                with run.timed("env"):
+                    next_obs, rewards, terminated, truncated, info = envs.step(actions)
+                    ended = terminated | (truncated & (not args.bootstrap_at_truncation))
+                    buffer.add(obs, actions, rewards, next_obs, ~ended)
+                    obs = next_obs
+                    returns += rewards
+                    successes |= info["success"] > 0
+                run.timestep += num_tasks
+                with run.timed("update"):
+                    for _ in range(args.updates_per_step if learning else 0):
+                        batch = buffer.sample(args.batch_size)
+                        losses.append(update(networks, log_alpha, optimizers, batch, args))
+                with run.timed("sparsify"):
+                    if args.sparsifier == "gmp":
+                        if renew_masks(sparse, args, run.last_timestep, run.timestep, num_tasks):
+                            mask_target(networks)
+                    # Off-policy, so in an episode too; before learning, it would only grow zeros
+                    evolves = learning and run.timestep % args.set_frequency < num_tasks
+                    if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
+                        scalars |= evolve_all(sparse, optimizers, args)
                         mask_target(networks)
-                # Off-policy, so inside an episode too; before learning, it would only grow zeros
-                evolves = learning and run.timestep % args.set_frequency < num_tasks
-                if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
+
+            # Measure and evaluate
+            for name in losses[0] if losses else ():
+                scalars[f"losses/{name}"] = (
+                    torch.stack([entry[name] for entry in losses]).mean().item()
+                )
+            run.check_finite(scalars)
+            scalars |= tags("charts", by_task(tasks, episodic_return=returns, success=successes))
+            scalars |= tags("losses", by_task(tasks, alpha=log_alpha.exp())) if losses else {}
+            scalars |= plasticity.measure_sparsity({"actor": actor, "critic": critic})
+            if run.is_due(args.plasticity_frequency):
+                with run.timed("metrics"):
+                    seed_all(args.seed, METRICS, run.timestep)
+                    scalars |= measure_networks(networks, buffer.sample(metrics_size), args)
+            if run.is_due(
+                args.eval_frequency
+            ):  # the critics are judged by the evaluation's episodes
+                with run.timed("eval"):
+                    [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
+                    eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
+                    played = evaluate_mode(actor, eval_envs, eval_goals, device)
+                    scalars["plasticity/critic_error"] = critic_error(
+                        networks, log_alpha, played, args
+                    )
+                rates, means = played.successes.mean(1), played.rewards.sum(2).mean(1)
+                run.evaluation = by_task(tasks, success_rate=rates, episodic_return=means)
+                scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean()}
+
+            # Intervene: what was evaluated is what was trained
+            if args.sparsifier == "set" and evolves and run.timestep < run.last_timestep:
+                seed_all(args.seed, INTERVENTIONS, run.timestep)
+                with run.timed("sparsify"):
                     scalars |= evolve_all(sparse, optimizers, args)
                     mask_target(networks)
 
-        # Measure and evaluate
-        for name in losses[0] if losses else ():
-            scalars[f"losses/{name}"] = torch.stack([entry[name] for entry in losses]).mean().item()
-        scalars |= tags("charts", by_task(tasks, episodic_return=returns, success=successes))
-        scalars |= tags("losses", by_task(tasks, alpha=log_alpha.exp())) if losses else {}
-        scalars |= plasticity.measure_sparsity({"actor": actor, "critic": critic})
-        if run.is_due(args.plasticity_frequency):
-            with run.timed("metrics"):
-                seed_all(args.seed, METRICS, run.timestep)
-                scalars |= measure_networks(networks, buffer.sample(metrics_size), args)
-        if run.is_due(args.eval_frequency):  # the critics are judged by the evaluation's episodes
-            with run.timed("eval"):
-                [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
-                eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
-                played = evaluate_mode(actor, eval_envs, eval_goals, device)
-                scalars["plasticity/critic_error"] = critic_error(networks, log_alpha, played, args)
-            rates, means = played.successes.mean(1), played.rewards.sum(2).mean(1)
-            run.evaluation = by_task(tasks, success_rate=rates, episodic_return=means)
-            scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean()}
-
-        # Intervene: what was evaluated is what was trained
-        if args.sparsifier == "set" and evolves and run.timestep < run.last_timestep:
-            seed_all(args.seed, INTERVENTIONS, run.timestep)
-            with run.timed("sparsify"):
-                scalars |= evolve_all(sparse, optimizers, args)
-                mask_target(networks)
-
-        # Log and save
-        run.end_iteration(scalars, 1, "charts/episodic_return")
-    run.close()
+            # Log and save
+            run.end_iteration(scalars, 1, "episodic_return", "success_rate")
     envs.close()
     eval_envs.close()
-    print(f"checkpoint.pt: {os.path.getsize(f'{args.run_dir}/checkpoint.pt'):,} bytes")
+    print(f"checkpoint.pt: {os.path.getsize(run.run_dir / 'checkpoint.pt'):,} bytes")
     if run.timestep == run.last_timestep:
         print_results(tasks, run.evaluation, run.seconds)
 
@@ -573,6 +594,44 @@ def quiet_worker(*args) -> None:
         _async_worker(*args)
 
 
+class TaskProcesses(gym.vector.AsyncVectorEnv):
+    """A process for each task's environment. They are killed with the run, whatever they are at;
+    the death of one, also of other environments, raises ChildProcessError with its task."""
+
+    everyone = {}  # process -> its task, of all environments that are open
+
+    def __init__(self, names: list[str], makers: list, **others):
+        super().__init__(makers, worker=quiet_worker, **others)
+        self.everyone.update(zip(self.processes, names, strict=True))
+        atexit.register(self.close)  # after an error too
+
+    def step(self, actions):
+        with self.watched():
+            return super().step(actions)
+
+    def reset(self, **others):
+        with self.watched():
+            return super().reset(**others)
+
+    @contextmanager
+    def watched(self):
+        broken = False
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            broken = True
+            time.sleep(0.5)  # until its end is known
+        dead = [name for process, name in self.everyone.items() if not process.is_alive()]
+        if dead or broken:
+            raise ChildProcessError(f"the process of {', '.join(dead) or 'a task'} died")
+
+    def close_extras(self, **others) -> None:
+        for process in self.processes:
+            self.everyone.pop(process)
+            process.kill()  # they ignore SIGTERM, and leave nothing behind
+            process.join()
+
+
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     """One environment per task, with the run's goals; episodes end together, are reset by hand."""
     names = task_ids(args)
@@ -583,14 +642,20 @@ def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     by_hand = gym.vector.AutoresetMode.DISABLED
     if args.vectorization == "sync":
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=by_hand)
-    envs = gym.vector.AsyncVectorEnv(makers, autoreset_mode=by_hand, worker=quiet_worker)
-    atexit.register(envs.close)  # after an error too
-    return envs
+    return TaskProcesses(names, makers, autoreset_mode=by_hand)
 
 
 def sparse_networks(args: Args) -> tuple[str, ...]:
     """The networks that --prune names."""
     return {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
+
+
+def sparsify_or_fail(args: Args, sparsify, *inputs) -> None:
+    """Call a sparsifier, and end the run before it begins where it cannot do the sparsity."""
+    try:
+        sparsify(*inputs)
+    except ValueError as error:
+        fail(f"--sparsity {args.sparsity}: {error}")
 
 
 def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
@@ -603,7 +668,11 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     networks = {name: network.to(device) for name, network in networks.items()}
     for name in sparse_networks(args):
         sparsity = args.sparsity if args.sparsifier == "set" else 0.0
-        draw_masks(networks[name], set_densities(networks[name], sparsity, args.set_epsilon))
+        densities = set_densities(networks[name], sparsity, args.set_epsilon)
+        sparsify_or_fail(args, draw_masks, networks[name], densities)
+        if args.sparsifier == "gmp":
+            trial = copy.deepcopy(networks[name])
+            sparsify_or_fail(args, prune, trial, args.sparsity, args.prune_scope)
     return networks
 
 
@@ -783,12 +852,26 @@ def measure_networks(networks: dict, batch: Transitions, args: Args) -> dict[str
             hidden, _ = networks[name].activations(x)
         layers = [one for layer in hidden for one in layer]
         alive = [one for layer in plasticity.alive_neurons(networks[name]) for one in layer]
-        dormant = plasticity.dormant_ratio(layers, args.dormant_tau, alive)
-        metrics[f"plasticity/{name}_dormant_ratio"] = dormant
-        ranks = [plasticity.effective_rank(features, args.srank_delta) for features in hidden[-1]]
-        metrics[f"plasticity/{name}_effective_rank"] = sum(ranks) / len(ranks)
-    metrics["plasticity/fisher_trace"] = squashed_fisher_trace(networks["actor"], batch.obs)
-    return metrics
+        metrics |= measured(
+            f"{name}_dormant_ratio", plasticity.dormant_ratio, layers, args.dormant_tau, alive
+        )
+        metrics |= measured(f"{name}_effective_rank", mean_rank, hidden[-1], args.srank_delta)
+    return metrics | measured("fisher_trace", squashed_fisher_trace, networks["actor"], batch.obs)
+
+
+def measured(name: str, measure, *args) -> dict[str, float]:
+    """A metric under its tag, or a line that says why it cannot be measured."""
+    try:
+        return {f"plasticity/{name}": measure(*args)}
+    except ValueError as error:
+        tqdm.write(f"{name}: not measured ({error})", file=sys.stderr or sys.stdout)
+        return {}
+
+
+def mean_rank(features: Tensor, delta: float) -> float:
+    """Mean effective rank of features (copy, N, D)."""
+    ranks = [plasticity.effective_rank(each, delta) for each in features]
+    return sum(ranks) / len(ranks)
 
 
 def print_results(tasks: list[str], evaluation: dict, seconds: dict[str, float]) -> None:
@@ -861,7 +944,7 @@ def check_args(args: Args) -> None:
 
 def check_memory(args: Args) -> bool:
     """End with an error where the replay buffer does not fit in the memory of --device."""
-    needed = args.buffer_size * 4 * (2 * OBS_SIZE + ACTION_SIZE + 2)
+    needed = 3 * args.buffer_size * 4 * (2 * OBS_SIZE + ACTION_SIZE + 2)  # with two copies to save
     free = available_bytes(args.device)
     if needed > free:
         fail(
@@ -888,10 +971,12 @@ def available_bytes(device: str) -> int:
 def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script."""
     path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
+    except OSError as error:
+        fail(f"{str(run_dir)[:200]}: checkpoint.pt must be readable ({error.strerror})")
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         fail(f"{run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
@@ -910,33 +995,64 @@ def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
-def open_run(args: Args, name: str) -> tuple[Args, dict | None]:
-    """Check the arguments and make the run folder; or load a run's own ones and its checkpoint."""
+def read_args(args: Args) -> Args:
+    """Check the arguments, or take a run's own ones with --device and --num-threads as given."""
     if args.resume is not None:
-        if args != Args(resume=args.resume):
-            fail(f"--resume {args.resume}: goes on with the run's own flags, must stand alone")
+        given = dict(resume=args.resume, device=args.device, num_threads=args.num_threads)
+        if args != Args(**given):
+            fail(f"--resume {args.resume}: only --device and --num-threads may stand beside it")
         checkpoint = load_checkpoint(args.resume)
-        args = replace(Args(**checkpoint["args"]), run_dir=args.resume)
-        check_args(args)
-        return args, checkpoint
+        own = Args(**checkpoint["args"])
+        device = own.device if args.device == "auto" else args.device
+        num_threads = args.num_threads or checkpoint.get("num_threads", own.num_threads)
+        own = replace(own, device=device, num_threads=num_threads)
+        args = replace(own, run_dir=args.resume, resume=args.resume)
     check_args(args)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    return args
+
+
+def open_folder(args: Args, name: str) -> tuple[Path, io.TextIOBase]:
+    """The run's folder, made if it is new, by default runs/<name>__<script>__<seed>__<time>, and a
+    lock on it, held as long as the file is open: by the operating system, so that a kill frees it.
+    """
     default = f"runs/{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or default)
-    if any(run_dir.glob("checkpoint.pt")) or any(run_dir.glob("events.out.tfevents.*")):
-        fail(f"--run-dir {run_dir}: already holds a run, must be another folder (or --resume it)")
     try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
-        (run_dir / "checkpoint.partial").touch()
+        for number in itertools.count(2):
+            try:
+                run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+                break
+            except FileExistsError:  # another run began in this second
+                if args.run_dir:
+                    raise
+                run_dir = Path(f"{default}_{number}")
+        lock = open(run_dir / "lock", "a+")
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            fail(f"{run_dir}: is in use by {lock.read() or 'another process'}")
+        except (ImportError, OSError):
+            pass  # a system, or a file system, without locks
+        if args.resume is None and [*run_dir.glob("checkpoint.pt"), *run_dir.glob("events.*")]:
+            fail(f"{run_dir}: already holds a run, must be another folder (or --resume it)")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
     except OSError as error:
-        fail(f"--run-dir {run_dir}: must be a new or a writable folder ({error.strerror})")
-    return replace(args, run_dir=str(run_dir)), None
+        fail(f"{str(run_dir)[:200]}: must be a new or a writable folder ({error.strerror})")
+    return run_dir, lock
 
 
-def open_log(args: Args, timestep: int) -> SummaryWriter:
+def open_log(run_dir: Path, args: Args, timestep: int) -> SummaryWriter:
     """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
-    if any(Path(args.run_dir).glob("events.out.tfevents.*")):
+    if any(run_dir.glob("events.out.tfevents.*")):
         time.sleep(1)  # they are read in the order of their names, which begin with the second
-    writer = SummaryWriter(args.run_dir, purge_step=timestep + 1)
+    writer = SummaryWriter(str(run_dir), purge_step=timestep + 1)
     if timestep == 0:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
@@ -944,40 +1060,57 @@ def open_log(args: Args, timestep: int) -> SummaryWriter:
 
 
 class Run:
-    """What surrounds the algorithm: timestep, log, times, checkpoint, signals. SIGINT and SIGTERM
-    end it in good order after the current iteration, a second one of the same kind at once."""
+    """What surrounds the algorithm: timestep, log, times, checkpoint, signals. SIGINT or SIGTERM
+    drops what is half done of an iteration, saves and ends the run; a second one ends it at once.
+    Numbers that are not finite, a process that died and a full disk end it with one line."""
 
     PROGRESS = ("timestep", "seconds", "evaluation")  # of its own, what a checkpoint holds
 
-    def __init__(self, args, checkpoint, device, stride, networks, optimizers, **others):
-        """stride: timesteps of an iteration; networks, optimizers (by their networks' names) and
-        others: what else a checkpoint holds, each with state_dict and load_state_dict."""
-        self.args, self.device, self.stride = args, device, stride
-        if args.num_threads:
-            torch.set_num_threads(args.num_threads)
+    def __init__(self, args, name, device, stride, networks, optimizers, **others):
+        """name: of the default folder; stride: timesteps of an iteration; networks, optimizers (by
+        their networks' names) and others: what else a checkpoint holds, each with state_dict and
+        load_state_dict."""
+        self.args, self.device, self.stride, self.networks = args, device, stride, networks
         optimizers = {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
         self.parts = networks | optimizers | others
         self.last_timestep = args.total_timesteps // stride * stride
         self.timestep, self.evaluation = 0, {}
         self.seconds = dict.fromkeys("env inference update sparsify metrics eval".split(), 0.0)
-        if checkpoint:
+        self.run_dir, self.lock = open_folder(args, name)
+        self.busy, self.stopped, self.handlers, self.saved_timestep = True, False, {}, -1
+        if args.resume is not None:
+            checkpoint = load_checkpoint(self.run_dir)
             for name in self.PROGRESS:
                 setattr(self, name, checkpoint[name])
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-        else:
+            self.saved_timestep = self.timestep
+        self.take_snapshot()
+
+    def __enter__(self):
+        if self.args.resume is None:
             self.save()
         self.start_timestep, self.start_time = self.timestep, time.perf_counter()
-        self.writer = open_log(args, self.timestep)
-        self.stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        self.writer = open_log(self.run_dir, self.args, self.timestep)
         bar = dict(total=self.last_timestep, initial=self.timestep, unit="timestep")
-        self.bar = tqdm(**bar, disable=None)  # None: at a terminal alone
+        self.bar = tqdm(**bar, disable=None if sys.stderr else True)  # None: at a terminal alone
+        if threading.current_thread() is threading.main_thread():
+            numbers = signal.SIGINT, signal.SIGTERM
+            self.handlers = {n: signal.signal(n, self.stop) for n in numbers}
+        self.busy = False
+        return self
 
     def stop(self, number, frame) -> None:
+        """Ends the iteration at once, or where the run is busy saving, as soon as it is not."""
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
         self.stopped = True
-        signal.signal(number, signal.SIG_DFL)
+        again = f"once more: at once, to go on from timestep {self.saved_timestep}"
+        line = f"\nsaving timestep {self.snapshot['timestep']} before it stops ({again})\n"
+        with suppress(OSError):
+            os.write(2, line.encode())  # print may not be called while it writes
+        if not self.busy:
+            raise KeyboardInterrupt
 
     def goes_on(self) -> bool:
         return self.timestep < self.last_timestep and not self.stopped
@@ -998,42 +1131,89 @@ class Run:
         yield
         self.seconds[phase] += time.perf_counter() - start
 
-    def save(self) -> None:
-        """Write atomically: a reader finds the old checkpoint or the new one, never a part."""
-        state = {"script": Path(__file__).stem, "args": asdict(self.args)}
+    def check_finite(self, scalars: dict[str, float]) -> None:
+        """Raise FloatingPointError where a loss or a network's parameter is not finite."""
+        known = {"losses/explained_variance"}  # that of returns that are all the same
+        bad = [name for name in scalars.keys() - known if not math.isfinite(scalars[name])]
+        for name, network in self.networks.items():
+            if not all(parameter.isfinite().all() for parameter in network.parameters()):
+                bad.append(f"a parameter of the {name}")
+        if bad:
+            raise FloatingPointError(f"diverged at timestep {self.timestep}: {bad[0]} not finite")
+
+    def take_snapshot(self) -> None:
+        """Keep what a checkpoint holds, as it is between two iterations."""
+        state = {"script": Path(__file__).stem, "num_threads": torch.get_num_threads()}
+        state["args"] = asdict(replace(self.args, resume=None, run_dir=str(self.run_dir)))
         state |= {name: getattr(self, name) for name in self.PROGRESS}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        partial = Path(self.args.run_dir) / "checkpoint.partial"
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, partial.with_suffix(".pt"))
+        self.snapshot = copy.deepcopy(state)
 
-    def end_iteration(self, scalars: dict[str, float], steps: int, score: str) -> None:
-        """Log, save if it is time to, and move the bar, which shows the mean of the tags that begin
-        with score. steps: environment steps of a timestep."""
+    def save(self) -> None:
+        """Write atomically: a reader finds the old checkpoint or the new one, never a part."""
+        partial = self.run_dir / f"checkpoint.{os.getpid()}.partial"
+        try:
+            with open(partial, "wb") as file:
+                torch.save(self.snapshot, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.run_dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:  # torch's writer does not say why
+            partial.unlink(missing_ok=True)
+            raise OSError(f"checkpoint.pt could not be written ({error})") from error
+        self.saved_timestep = self.snapshot["timestep"]
+
+    def end_iteration(self, scalars: dict[str, float], steps: int, shown: str, score: str) -> None:
+        """Log, save if it is time to, and show how it goes: at a terminal a bar with the mean of
+        charts/<shown>, else a line at each evaluation with eval/<score>. steps: environment steps
+        of a timestep."""
+        self.busy = True
         seconds = time.perf_counter() - self.start_time
-        sps = steps * (self.timestep - self.start_timestep) / seconds
+        timesteps = self.timestep - self.start_timestep
+        sps, sparsity = steps * timesteps / seconds, scalars["sparsity/actor"]
         times = {f"time/{phase}": value for phase, value in self.seconds.items()}
         for tag, value in (scalars | {"charts/SPS": sps} | times).items():
             self.writer.add_scalar(tag, value, self.timestep)
+        self.take_snapshot()
         if self.is_due(self.args.checkpoint_frequency):
             self.writer.flush()  # before the checkpoint, so that the log never lags behind it
             self.save()
-        shown = [value for tag, value in scalars.items() if tag.startswith(score)]
-        mean, sparsity = np.mean(shown or [math.nan]), scalars["sparsity/actor"]
+        values = [x for tag, x in scalars.items() if tag.startswith(f"charts/{shown}")]
+        mean = np.mean(values or [math.nan])
         self.bar.set_postfix_str(f"return={mean:.3f}, sparsity={sparsity:.3f}, SPS={sps:.0f}")
         self.bar.update(self.stride)
+        if self.bar.disable and f"eval/{score}" in scalars:
+            left = (self.last_timestep - self.timestep) * seconds / timesteps
+            values = f"score {scalars[f'eval/{score}']:.3f}, sparsity {sparsity:.3f}"
+            print(f"timestep {self.timestep}: {values}, {left / 60:.0f} min left", flush=True)
+        self.busy = False
 
-    def close(self) -> None:
-        """End bar and log, save what a signal cut off, and say how to go on."""
+    def __exit__(self, kind, error, traceback) -> bool:
+        """End bar and log, save the last whole iteration, and say why and how to go on."""
+        self.busy, self.timestep = True, self.snapshot["timestep"]
         self.bar.close()
-        self.writer.close()
-        if self.stopped:
-            self.save()
-        if self.timestep < self.last_timestep:
-            print(f"stopped at timestep {self.timestep}, to go on: --resume {self.args.run_dir}")
+        try:
+            self.writer.close()
+            if self.saved_timestep < self.timestep:
+                self.save()
+        except OSError as failed:
+            error = failed
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.lock.close()
+        go_on = f"to go on from timestep {self.saved_timestep}: --resume {quote(str(self.run_dir))}"
+        if isinstance(error, FloatingPointError | OSError):
+            free = f"{shutil.disk_usage(self.run_dir).free:,} bytes of its disk are free"
+            what = (
+                error
+                if isinstance(error, FloatingPointError | ChildProcessError)
+                else f"{error}, {free}"
+            )
+            print(f"error: {self.run_dir}: {what}; {go_on}", file=sys.stderr)
+            raise SystemExit(1)
+        if self.stopped and self.timestep < self.last_timestep:
+            print(f"stopped at timestep {self.timestep}, {go_on}")
+        return self.stopped and kind is KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -601,6 +601,7 @@ def report(args: Args) -> None:
     table = results_table(runs)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "results.csv").touch()
     except OSError as error:
         fail(f"--out {args.out}: must be a folder to write to ({error.strerror})")
     write_results(runs, args.out / "results.csv")

@@ -421,6 +421,17 @@ def test_each_script_has_the_papers_arguments_by_default():
     assert known == (report.PAPER_ARGS | report.PPO_ARGS | report.SAC_ARGS).keys()
 
 
+def test_an_arm_of_many_flags_has_a_folder_of_a_short_name(tmp_path):
+    names = ("gamma", "gae-lambda", "clip-coef", "ent-coef", "actor-lr", "critic-lr", "redo-tau")
+    flags = ", ".join(f"{name} = 0.{i}5{'1' * 30}" for i, name in enumerate(names, 1))
+    arm = "Many", "mtppo_gmp.py", flags
+    [run] = sweep.read_study(study_file(tmp_path / "study.toml", arm), tmp_path)
+    assert re.fullmatch(r"MT3__mtppo_gmp__[0-9a-f]{16}__1", run.folder.name)
+    [again] = sweep.read_study(study_file(tmp_path / "study.toml", arm), tmp_path)
+    assert run == again  # the same in every process
+    assert sum(word.startswith("--gamma=0.15") for word in run.flags) == 1
+
+
 # Archive and speed
 
 
@@ -664,7 +675,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_files(number, tmp_path, whole_run):
     if number != signal.SIGKILL:
         assert process.returncode == 130 and "to go on: the same command" in output
         assert "Traceback" not in output
-        assert re.match(r"stopped at timestep \d+, ", (folder / "output.txt").read_text())
+        assert re.search(r"^stopped at timestep \d+, ", (folder / "output.txt").read_text(), re.M)
         assert torch.load(folder / "checkpoint.pt")["timestep"] < TINY["total_timesteps"]
     code, output = run_sweep(study, tmp_path / "runs")
     assert code == 0 and "1 to run" in output and "finished, final score" in output

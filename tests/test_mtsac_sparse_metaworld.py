@@ -3,6 +3,7 @@ whole runs on Meta-World's own simulator."""
 
 import copy
 import math
+import os
 import re
 import signal
 import subprocess
@@ -415,7 +416,7 @@ def test_masks_change_in_their_order_with_evaluations(sparsifier, tmp_path, monk
         record(name, getattr(script, name))
     every_12 = dict(prune_frequency=12, set_frequency=12)
     stub_run(tmp_path, monkeypatch, prune="both", sparsifier=sparsifier, **every_12)
-    expected = []
+    expected = ["prune"] * 2 * (sparsifier == "gmp")  # tried before the run begins
     for timestep in range(3, 73, 3):
         expected += ["update"] * (timestep > 24)
         if sparsifier == "gmp" and timestep % 12 == 0:
@@ -598,7 +599,7 @@ def test_a_loaded_agent_is_the_trained_one(sparsifier, tmp_path, monkeypatch):
     seen = stub_run(tmp_path, monkeypatch, sparsifier=sparsifier)
     state = checkpoint(tmp_path / "run")
     entries = """actor critic target actor_optimizer critic_optimizer alpha_optimizer temperatures
-    buffer timestep seconds evaluation args script"""
+    buffer timestep seconds evaluation args script num_threads"""
     assert state.keys() == {*entries.split()}
     actor, args, names = script.load_agent(str(tmp_path / "run"))
     assert names == list(Stub.names) and args == Args(**state["args"])
@@ -622,11 +623,12 @@ def test_neither_a_stop_nor_evaluations_change_a_set_run(tmp_path, monkeypatch):
     rare = dict(eval_frequency=72, plasticity_frequency=72)
     stub_run(tmp_path / "rare", monkeypatch, **options, **rare)
     assert_same(checkpoint(tmp_path / "rare" / "run"), whole)
-    signals, update = [signal.SIGTERM], script.update
+    calls, update = [], script.update
 
     def interrupt(*args):
-        if signals:
-            signal.raise_signal(signals.pop())
+        calls.append(0)
+        if len(calls) == 12:  # in the third block, whose updates are dropped
+            signal.raise_signal(signal.SIGTERM)
         return update(*args)
 
     monkeypatch.setattr(script, "update", interrupt)
@@ -870,6 +872,7 @@ def test_kill_9_then_resume_gives_the_same_run(whole_run, tmp_path, capsys):
     assert_same(checkpoint(tmp_path), whole_run[0])
     assert scalars(tmp_path) == whole_run[1]
     first = capsys.readouterr().out
+    first = first[first.index("checkpoint.pt") :]  # without the lines of evaluations
     script.train(Args(resume=str(tmp_path)))
     assert capsys.readouterr().out == first
     assert re.search(r"^mean +\d\.\d{3} +\d+\.\d$", first, re.M)
@@ -888,11 +891,34 @@ def test_async_is_the_same_run_and_stops_on_sigterm(whole_run, tmp_path, monkeyp
 
     monkeypatch.setattr(script, "update", interrupt)
     state, logged = run(tmp_path, vectorization="async")
-    assert state["timestep"] == 1000 and logged["losses/qf_loss"][-1][0] == 1000
-    assert f"stopped at timestep 1000, to go on: --resume {tmp_path}" in capsys.readouterr().out
+    assert state["timestep"] == 500 and "losses/qf_loss" not in logged  # the block is dropped
+    assert (
+        "stopped at timestep 500, to go on from timestep 500: --resume" in capsys.readouterr().out
+    )
     script.train(Args(resume=str(tmp_path)))
     assert_same(checkpoint(tmp_path), whole_run[0])
     assert scalars(tmp_path) == whole_run[1]
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_dead_process_of_a_task_ends_the_run_with_one_line(evaluation, tmp_path):
+    """Also one of the evaluation's, long before it is asked; no process stays."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = TINY | dict(vectorization="async", run_dir=tmp_path, total_timesteps=100_000)
+    with subprocess.Popen(command(**flags), cwd=ROOT, **pipes) as process:
+        while not (tmp_path / "checkpoint.pt").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[evaluation]), signal.SIGKILL)  # training's is made first
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert re.search(
+        rf"^error: {tmp_path}: the process of reach-v3 died; to go on from ", err, re.M
+    )
+    assert "Traceback" not in err
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert checkpoint(tmp_path)["timestep"] % 500 == 0
 
 
 # Bad input
@@ -907,7 +933,7 @@ BAD = {
     "--total-timesteps 4999: must be at least one episode of every task": dict(
         total_timesteps=4999
     ),
-    "--buffer-size 1000000000000: needs 336,000,000,000,000 bytes, must fit in the": dict(
+    "--buffer-size 1000000000000: needs 1,008,000,000,000,000 bytes, must fit in the": dict(
         buffer_size=10**12
     ),
     "--sparsity 1.0: must be in [0, 1)": dict(sparsity=1.0),

@@ -113,7 +113,7 @@ def test_the_algorithm_comes_first(path):
     """train ends in the first part of a script, is short and holds no nested function."""
     source = path.read_text()
     [train] = [n for n in ast.parse(source).body if getattr(n, "name", "") == "train"]
-    assert train.end_lineno <= 590 and train.end_lineno - train.lineno <= 100
+    assert train.end_lineno <= 600 and train.end_lineno - train.lineno <= 100
     nested = (ast.FunctionDef, ast.Lambda, ast.ClassDef)
     assert not any(isinstance(node, nested) for node in ast.walk(train) if node is not train)
     rest = source.splitlines()[train.end_lineno :]

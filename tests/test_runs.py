@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -91,7 +92,7 @@ def assert_same(a, b):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"args", "seconds"}:
+        for key in a.keys() - {"args", "seconds", "num_threads"}:
             assert_same(a[key], b[key])
     else:
         assert a == b
@@ -133,7 +134,8 @@ def test_masks_and_interventions_come_at_their_timesteps(script, monkeypatch, tm
         function = getattr(script, name)
 
         def recorder(*args):
-            calls.append((runs[0].timestep, name, *details(args)))
+            if runs:  # not what is tried before the run begins
+                calls.append((runs[0].timestep, name, *details(args)))
             return function(*args)
 
         monkeypatch.setattr(script, name, recorder)
@@ -365,7 +367,8 @@ def test_signals_end_the_run_in_good_order(number, tmp_path, whole_runs):
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    stopped = int(re.fullmatch(r"stopped at timestep (\d+), .*--resume \S+\n", out)[1])
+    stopped = int(re.search(r"^stopped at timestep (\d+), .*--resume \S+\n\Z", out, re.M)[1])
+    assert re.fullmatch(rf"\nsaving timestep {stopped} before it stops \(once more: .*\)\n", err)
     assert checkpoint(tmp_path)["timestep"] == stopped < 600
     assert scalars(tmp_path)["losses/entropy"][-1][0] == stopped
     mtppo_gmp.train(mtppo_gmp.Args(resume=str(tmp_path)))
@@ -378,7 +381,7 @@ def test_a_log_of_the_same_second_is_read_after_the_earlier_one(script, tmp_path
     """Names end with the process id, and a later process may have a smaller one."""
     for pid, timestep in ((9, 0), (1, 50)):
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
-        with script.open_log(script.Args(run_dir=str(tmp_path)), timestep) as writer:
+        with script.open_log(tmp_path, script.Args(), timestep) as writer:
             writer.add_scalar("losses/entropy", pid, 100)
     assert scalars(tmp_path)["losses/entropy"] == [(100, 1)]
 
@@ -389,7 +392,7 @@ def test_a_crash_before_the_first_checkpoint_leaves_no_double_log(
     writers = []
 
     def open_log(*args):
-        writers.append(mtppo_gmp.SummaryWriter(args[0].run_dir, purge_step=1))
+        writers.append(mtppo_gmp.SummaryWriter(str(args[0]), purge_step=1))
         return writers[0]
 
     def crash(network):
@@ -403,7 +406,7 @@ def test_a_crash_before_the_first_checkpoint_leaves_no_double_log(
     monkeypatch.setattr(plasticity_metrics, "measure_sparsity", crash)
     with pytest.raises(KeyboardInterrupt):
         run(mtppo_gmp, tmp_path, checkpoint_frequency=600)
-    assert checkpoint(tmp_path)["timestep"] == 0
+    assert checkpoint(tmp_path)["timestep"] == 150  # saved as the exception passed
     monkeypatch.undo()
     mtppo_gmp.train(mtppo_gmp.Args(resume=str(tmp_path)))
     assert scalars(tmp_path) == whole_runs[mtppo_gmp][1]
@@ -428,12 +431,14 @@ def test_a_signal_after_the_save_is_saved_too(script, monkeypatch, tmp_path, cap
 def test_resuming_a_finished_run_prints_its_result_again(tmp_path, capsys):
     run(mtppo_gmp, tmp_path, total_timesteps=50)
     first = capsys.readouterr().out
+    first = first[first.index("\ntask") :]  # without the line of the evaluation
     mtppo_gmp.train(mtppo_gmp.Args(resume=str(tmp_path)))
     assert capsys.readouterr().out == first
     assert re.search(r"^mean +\d\.\d{3} +\d\.\d{3} +\d+\.\d$", first, re.M)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+@on_every_script
+def test_a_full_disk_keeps_the_last_checkpoint(script, tmp_path, monkeypatch, capsys):
     save, saved = torch.save, []
 
     def full(state, file):
@@ -444,9 +449,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
-        run(mtppo_gmp, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(script, tmp_path)
+    assert ended.value.code == 1
     assert checkpoint(tmp_path)["timestep"] == saved[-1] == 100
+    assert not list(tmp_path.glob("*.partial"))
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path}: checkpoint.pt could not be written ([Errno 28] No")
+    assert "bytes of its disk are free; to go on from timestep 100: --resume" in err
 
 
 @on_every_script
@@ -567,13 +577,13 @@ def test_a_folder_with_a_run_is_refused(capsys, tmp_path):
     assert "already holds a run" in err
 
 
-def test_two_default_folders_of_one_second_do_not_mix(capsys, monkeypatch, tmp_path):
+def test_default_folders_never_collide(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "time", lambda: 1e9)
-    args = mtppo_gmp.Args(**TINY | dict(total_timesteps=50))
-    mtppo_gmp.train(args)
-    capsys.readouterr()
-    assert "runs/MT3__mtppo_gmp__1__1000000000" in one_line_of_error(args, capsys)
+    for _ in range(3):
+        mtppo_gmp.train(mtppo_gmp.Args(**TINY | dict(total_timesteps=50)))
+    first = "MT3__mtppo_gmp__1__1000000000"
+    assert {path.name for path in Path("runs").iterdir()} == {first, f"{first}_2", f"{first}_3"}
 
 
 def test_a_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
@@ -588,7 +598,8 @@ def test_what_cannot_be_resumed_is_refused(capsys, tmp_path):
     run(mtppo_gmp, tmp_path, total_timesteps=50)
     capsys.readouterr()
     both = mtppo_gmp.Args(resume=str(tmp_path), seed=7)
-    assert "must stand alone" in one_line_of_error(both, capsys)
+    both = one_line_of_error(both, capsys)
+    assert "only --device and --num-threads may stand beside it" in both
     path = tmp_path / "checkpoint.pt"
     content = path.read_bytes()
     garbage = b"", b"no checkpoint at all", b"\x80\x02c" + bytes(range(250)), b"(dp0\nS'a'\n"
@@ -635,3 +646,142 @@ def test_flags_reach_the_run():
     args = tyro.cli(mtppo_gmp.Args, args=words.split())
     assert args.env_ids == ("MiniGrid-Empty-5x5-v0", "MiniGrid-Empty-6x6-v0")
     assert args.layer_norm and args.pcgrad and not mtppo_gmp.Args().layer_norm
+
+
+# What people do to a run
+
+
+@on_every_script
+def test_two_processes_cannot_share_a_folder(script, tmp_path, capsys):
+    start = command(script, **flags_of(script, total_timesteps=100_000), run_dir=tmp_path)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(start, cwd=ROOT, **pipes) as process:
+        wait_for(tmp_path, 100, process)
+        for flags in (dict(resume=str(tmp_path)), dict(run_dir=str(tmp_path))):
+            files = {p: p.stat().st_size for p in tmp_path.glob("events.*")}
+            err = one_line_of_error(script.Args(**flags), capsys, script)
+            assert f"is in use by process {process.pid} on" in err
+            assert files.keys() == {*tmp_path.glob("events.*")}
+        process.kill()  # frees the lock
+    timer = threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    script.train(script.Args(resume=str(tmp_path)))  # until the signal
+    assert "stopped at timestep" in capsys.readouterr().out
+
+
+@on_every_script
+def test_handlers_are_restored_and_threads_need_none(script, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(script, tmp_path / "main", total_timesteps=50)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    args = script.Args(**flags_of(script, total_timesteps=50), run_dir=str(tmp_path / "thread"))
+    thread = threading.Thread(target=script.train, args=[args])
+    thread.start()
+    thread.join()
+    assert_same(checkpoint(tmp_path / "thread"), checkpoint(tmp_path / "main"))
+
+
+@on_every_script
+@pytest.mark.parametrize("where", ["evaluate", "update_critic", "measure_plasticity"])
+def test_a_signal_drops_what_is_half_done(script, where, whole_runs, tmp_path, monkeypatch, capfd):
+    """In the middle of an iteration; the run goes on to the same bits."""
+    function, calls = getattr(script, where), []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*args)
+
+    monkeypatch.setattr(script, where, interrupted)
+    state, _ = run(script, tmp_path)
+    stopped = dict(evaluate=350, update_critic=50, measure_plasticity=150)[where]
+    assert state["timestep"] == stopped
+    out, err = capfd.readouterr()
+    assert f"stopped at timestep {stopped}" in out and f"saving timestep {stopped} before" in err
+    script.train(script.Args(resume=str(tmp_path)))
+    assert_same(checkpoint(tmp_path), whole_runs[script][0])
+    assert scalars(tmp_path) == whole_runs[script][1]
+
+
+@on_every_script
+@pytest.mark.parametrize("flags", [dict(actor_lr=1e38), dict(critic_lr=1e30)], ids=str)
+def test_numbers_that_blow_up_end_the_run_with_one_line(script, flags, tmp_path, capsys):
+    own = flags_of(script, layer_norm=False, **flags)
+    with pytest.raises(SystemExit) as ended:
+        script.train(script.Args(**own, run_dir=str(tmp_path)))
+    assert ended.value.code == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    found = re.search(r"diverged at timestep (\d+): .* not finite; to go on from timestep", err)
+    assert found
+    state = checkpoint(tmp_path)
+    assert state["timestep"] == int(found[1]) - 50
+    for name in ("actor", "critic"):
+        parameters = [x for x in state[name].values() if isinstance(x, torch.Tensor)]
+        assert all(x.isfinite().all() for x in parameters)
+
+
+def test_a_metric_that_cannot_be_measured_says_so(capsys):
+    def measure(name):
+        raise ValueError(f"no neuron left in {name}")
+
+    assert mtppo_gmp.measured("fisher_trace", measure, "conv1") == {}
+    assert capsys.readouterr().err == "fisher_trace: not measured (no neuron left in conv1)\n"
+    assert mtppo_gmp.measured("fisher_trace", len, "four") == {"plasticity/fisher_trace": 4}
+
+
+IMPOSSIBLE = {
+    "--sparsity 0.999999: leaves 1 weights, fewer than layers": dict(sparsity=0.999999),
+    "--sparsity 0.9999: leaves none of the 192 weights of a conv1": dict(
+        sparsity=0.9999, prune_scope="layer"
+    ),
+    "--num-steps 1000000000: needs about": dict(num_steps=10**9, total_timesteps=10**9),
+    "--plasticity-buffer-size 100000000000: needs about": dict(plasticity_buffer_size=10**11),
+    "--env-ids MiniGrid-WFC-MazeSimple-v0: cannot be made (FileNotFoundError: ": dict(
+        env_ids=("MiniGrid-WFC-MazeSimple-v0",)
+    ),
+    f"{'a' * 200}: must be a new or a writable folder (File name": dict(run_dir="a" * 300),
+    f"{'a' * 200}: checkpoint.pt must be readable (File name too long)": dict(resume="a" * 300),
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_impossible_requests_end_before_anything_is_made(message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert message in one_line_of_error(mtppo_gmp.Args(**IMPOSSIBLE[message]), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_scripts_refuse_what_leaves_or_takes_too_much(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    empty = mtppo_set.Args(sparsity=0.999999)
+    assert "leaves none of the 131072 weights" in one_line_of_error(empty, capsys, mtppo_set)
+    for script in (moe_sparse, moore_sparse):
+        many = script.Args(num_experts=1024 if script is moore_sparse else 100_000)
+        monkeypatch.setattr(script, "available_bytes", lambda device: 10**9)
+        assert f"--num-experts {many.num_experts}: needs" in one_line_of_error(many, capsys, script)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_elsewhere(tmp_path, capsys):
+    """With another device or number of threads; by default with the run's own number."""
+    run_dir = tmp_path / "with a space"
+    run(mtppo_gmp, run_dir, total_timesteps=100, checkpoint_frequency=50)
+    assert checkpoint(run_dir)["num_threads"] == 1
+    torch.set_num_threads(2)
+    mtppo_gmp.train(mtppo_gmp.Args(resume=str(run_dir)))
+    assert torch.get_num_threads() == 1
+    mtppo_gmp.train(mtppo_gmp.Args(resume=str(run_dir), device="cpu", num_threads=2))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_not_at_a_terminal_a_line_is_printed_at_each_evaluation(tmp_path):
+    ended = subprocess.run(
+        f"{' '.join(command(mtppo_gmp, **flags_of(mtppo_gmp), run_dir=tmp_path))} 2>&-",
+        **dict(shell=True, cwd=ROOT, capture_output=True, text=True, check=True),
+    )
+    lines = re.findall(
+        r"^timestep (\d+): score \d\.\d{3}, sparsity 0\.\d{3}, \d+ min left$", ended.stdout, re.M
+    )
+    assert lines == ["200", "400", "600"] and "\r" not in ended.stdout
