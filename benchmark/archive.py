@@ -1,6 +1,6 @@
 """Keep of complete runs what sweep.py and report.py need, in folders small enough to commit.
 
-A run of 400,000 timesteps on MT5 leaves about 70 KB: its arguments, its evaluations and measurements
+A run of 400,000 timesteps on MT5 leaves about 70 KB: its arguments, its evaluations, measurements
 of plasticity, and what it printed. A study that takes days goes on elsewhere from there:
 
     python benchmark/archive.py runs/sweep benchmark/logs
