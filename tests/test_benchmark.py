@@ -460,6 +460,18 @@ def test_an_archive_gives_the_same_report_and_counts_as_complete(tmp_path, capsy
     assert [sweep.printed_summary(run.folder) for run in moved] == ["0.5", "0.5", None]
 
 
+def test_a_report_to_a_read_only_file_system_is_refused(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path / "a")
+
+    def read_only(*args, **others):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    with pytest.raises(SystemExit) as ended:
+        write_report(tmp_path / "out", tmp_path / "a")
+    assert ended.value.code == 2 and "(Read-only file system)" in capsys.readouterr().err
+
+
 def test_archive_and_speed_refuse_what_they_cannot_do(tmp_path, capsys):
     for tool, args, message in (
         (archive.archive, archive.Args(tmp_path, tmp_path / "out"), "holds no complete run"),

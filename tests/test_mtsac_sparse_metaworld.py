@@ -921,6 +921,16 @@ def test_a_dead_process_of_a_task_ends_the_run_with_one_line(evaluation, tmp_pat
     assert checkpoint(tmp_path)["timestep"] % 500 == 0
 
 
+def test_numbers_that_blow_up_end_the_run_with_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        stub_run(tmp_path, monkeypatch, critic_lr=1e30)
+    assert ended.value.code == 1
+    assert "diverged at timestep 48: " in capsys.readouterr().err.splitlines()[-1]
+    state = checkpoint(tmp_path / "run")
+    assert state["timestep"] == 24
+    assert all(x.isfinite().all() for x in state["critic"].values() if isinstance(x, torch.Tensor))
+
+
 # Bad input
 
 BAD = {

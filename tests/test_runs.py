@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: logs, checkpoints, kills, bad input."""
 
+import fcntl
 import os
 import re
 import signal
@@ -785,3 +786,27 @@ def test_not_at_a_terminal_a_line_is_printed_at_each_evaluation(tmp_path):
         r"^timestep (\d+): score \d\.\d{3}, sparsity 0\.\d{3}, \d+ min left$", ended.stdout, re.M
     )
     assert lines == ["200", "400", "600"] and "\r" not in ended.stdout
+
+
+@on_every_script
+def test_a_read_only_file_system_is_refused(script, tmp_path, monkeypatch, capsys):
+    """Neither a new folder nor the lock of an old one can be written there."""
+    run(script, tmp_path / "old", total_timesteps=50)
+    capsys.readouterr()
+
+    def read_only(*args, **others):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    for flags in (dict(run_dir=str(tmp_path / "new")), dict(resume=str(tmp_path / "old"))):
+        err = one_line_of_error(script.Args(**flags), capsys, script)
+        assert "must be a new or a writable folder (Read-only file system)" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_goes_on_where_there_are_no_locks(tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert run(mtppo_gmp, tmp_path, total_timesteps=50)[0]["timestep"] == 50
