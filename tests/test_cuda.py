@@ -22,14 +22,18 @@ def on_cuda(*tensors):
 
 
 @MINIGRID
-def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path):
-    """With every arm; the first iteration's losses, before rounding has spread."""
+def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
+    """With every arm; the first iteration's losses, before rounding has spread. SET's first masks
+    are drawn on the device, whose draws are others: here the CPU's."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape).to(x.device))
     runs = {}
     for device in ("cpu", "cuda"):
         run_dir = tmp_path / device
         script.train(script.Args(**flags_of(script), device=device, run_dir=str(run_dir)))
         runs[device] = scalars(run_dir)
-    assert runs["cpu"].keys() == runs["cuda"].keys()
+    # A task's episodes are logged where one ended, and rounding makes other actions
+    tags = [{tag for tag in run if not tag.startswith("charts/")} for run in runs.values()]
+    assert tags[0] == tags[1]
     for tag in ("losses/value_loss", "losses/policy_loss", "losses/entropy", "sparsity/actor"):
         (_, first_cpu), (_, first_cuda) = runs["cpu"][tag][0], runs["cuda"][tag][0]
         assert first_cuda == pytest.approx(first_cpu, rel=1e-3, abs=1e-5), tag
@@ -38,7 +42,7 @@ def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path):
 @MINIGRID
 def test_updates_do_not_wait_for_the_device(script):
     args = script.Args(update_epochs=1, minibatch_size=20)
-    networks = {name: network.cuda() for name, network in script.make_networks(args).items()}
+    networks = script.make_networks(args, "cuda")
     rollout = script.Rollout(*on_cuda(*random_rollout(5)[0]))
     targets = torch.randn(5, 40, device="cuda")
     for name, update in (("actor", script.update_actor), ("critic", script.update_critic)):
@@ -64,8 +68,8 @@ def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(script, tmp_path):
 def test_sac_updates_do_not_wait_for_the_device(tmp_path):
     script = mtsac_sparse_metaworld
     args = script.Args(env_names=("reach-v3", "push-v3"), prune="both", batch_size=8)
-    networks = {name: network.cuda() for name, network in script.make_networks(args).items()}
-    networks["target"] = script.make_networks(args)["critic"].cuda()
+    networks = script.make_networks(args, "cuda")
+    networks["target"] = script.make_networks(args, "cuda")["critic"]
     log_alpha = torch.zeros(2, device="cuda", requires_grad=True)
     optimizers = {
         name: torch.optim.Adam(parameters, fused=True)
