@@ -68,12 +68,16 @@ paper's do, a weak test with few seeds.
 
 ![](learning_curves.png)
 ![](final_returns.png)
+![](performance_profile.png)
 ![](plasticity.png)
 
 ## Behind the IQM
 
-Gain: IQM above that of the architecture's first arm, with its interval. Late: the IQM of the last
-five evaluations averaged (or as many as there are). Score of each seed: the mean of its tasks.
+Gain: IQM above that of the architecture's first arm, with its interval. Probability of improvement:
+that a run scores higher on a task than one of the first arm, averaged over tasks, likewise; 0.5 is
+chance. Seeds to tell 0.1: how many an arm it takes to tell a gain of 0.1 from 0 in four of five
+studies, estimated by drawing from these seeds. Late: the IQM of the last five evaluations averaged
+(or as many as there are). Score of each seed: the mean of its tasks.
 Plasticity: means over the seeds, actor / critic, at the last measurement; a neuron without an
 unmasked incoming weight is left out of dormancy.
 
@@ -183,8 +187,9 @@ def read_run(folder: Path) -> Run:
         elif kind == "plasticity":
             run.metrics[name] = values
         elif kind == "sparsity" and not rest:
-            run.metrics[f"{name}_sparsity"] = values
-            iteration, reached = min(values), max(values)  # logged in every iteration
+            run.metrics[name if name.endswith("_kept") else f"{name}_sparsity"] = values
+            if name == "actor":  # logged in every iteration
+                iteration, reached = min(values), max(values)
         # Explained variance alone may be undefined: where a rollout's returns do not vary
         if kind in ("eval", "plasticity", "losses") and name != "explained_variance":
             bad = [step for step, value in values.items() if not math.isfinite(value)]
@@ -256,6 +261,12 @@ def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
     return runs, left_out
 
 
+def is_papers(run: Run) -> bool:
+    """Whether a run has the arguments that the paper's table holds for."""
+    usual = PAPER_ARGS | (SAC_ARGS if run.architecture == "MT-SAC" else PPO_ARGS)
+    return all(run.args.get(name, value) == value for name, value in usual.items())
+
+
 def read_paper() -> dict[tuple[str, str], tuple[float, float, float]]:
     """(benchmark, arm) -> IQM and interval of the paper's table."""
     with open(Path(__file__).parent / "paper.csv") as file:
@@ -271,32 +282,58 @@ def iqm(scores: np.ndarray) -> np.ndarray:
     return trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
 
 
-def iqm_interval(
-    scores: np.ndarray, base: np.ndarray | None = None, resamples: int = RESAMPLES
-) -> np.ndarray | None:
-    """95 % interval of the IQM of scores (..., seed, task), or of its difference from the IQM of
-    other seeds, base: (2, ...), or None with one seed.
+def difference_of_iqms(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """The IQM of scores (..., seed, task) above that of other seeds of the same tasks, base."""
+    return iqm(scores) - iqm(base)
+
+
+def probability_of_improvement(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """The probability that a run scores higher than one of base, both (..., seed, task), on a task,
+    a tie counting half, averaged over tasks: (...). Source: Agarwal et al. 2021, section 4.3."""
+    signs = np.sign(scores[..., :, None, :] - base[..., None, :, :])
+    return (signs.mean((-3, -2, -1)) + 1) / 2
+
+
+def interval(statistic, *arms: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray | None:
+    """95 % bootstrap interval of a statistic of arms, each (..., seed, task): (2, ...), or None
+    with one seed.
 
     Stratified: every resample draws seeds anew for each task, and keeps all tasks.
     """
-    arms = [scores] if base is None else [scores, base]
     if min(arm.shape[-2] for arm in arms) == 1:
         return None
-    count = scores.shape[-1]
 
-    def statistic(*tasks, axis):
-        level = trim_mean(np.concatenate(tasks[:count], axis=axis), 0.25, axis=axis)
-        if base is None:
-            return level
-        return level - trim_mean(np.concatenate(tasks[count:], axis=axis), 0.25, axis=axis)
+    def of_columns(*columns, axis):
+        columns = iter(columns)
+        resampled = [[next(columns) for _ in range(arm.shape[-1])] for arm in arms]
+        return statistic(*(np.stack(tasks, axis=-1) for tasks in resampled))
 
     result = bootstrap(
         [arm[..., task] for arm in arms for task in range(arm.shape[-1])],
-        statistic,
+        of_columns,
         **dict(n_resamples=resamples, batch=200, method="percentile", axis=-1),
         rng=np.random.default_rng(0),
     )
     return np.array(result.confidence_interval)
+
+
+def seeds_to_tell(scores: np.ndarray, base: np.ndarray, gain: float = 0.1) -> str:
+    """How many seeds an arm tell a gain in IQM from 0 in 80 % of studies, as text: from draws of so
+    many seeds of scores and base, both (seed, task), their difference shifted to the gain, against
+    1.96 of its standard deviations."""
+    rng, tasks = np.random.default_rng(0), np.arange(scores.shape[-1])
+    if min(len(scores), len(base)) < 3:
+        return "-"
+    for seeds in range(5, 205, 5):
+        drawn = [
+            arm[rng.integers(len(arm), size=(2000, seeds, len(tasks))), tasks]
+            for arm in (scores, base)
+        ]
+        differences = difference_of_iqms(*drawn)
+        shifted = differences - differences.mean() + gain
+        if (shifted > 1.96 * differences.std()).mean() >= 0.8:
+            return str(seeds)
+    return "more than 200"
 
 
 def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -403,19 +440,17 @@ def results_table(runs: list[Run]) -> list[str]:
     lines = ["| benchmark | arm | seeds | timestep | IQM (95 % interval) | paper | overlap |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
-        usual = PAPER_ARGS | (SAC_ARGS if own[0].architecture == "MT-SAC" else PPO_ARGS)
-        same = all(own[0].args.get(name, value) == value for name, value in usual.items())
-        same = same and own[0].at == PAPER_TIMESTEPS.get(benchmark)
+        same = is_papers(own[0]) and own[0].at == PAPER_TIMESTEPS.get(benchmark)
         theirs = paper.get((benchmark, own[0].row)) if same else None
         scores = units(final_scores(own), own[0])
-        interval = iqm_interval(scores)
+        limits = interval(iqm, scores)
         shown, expected, overlap = "no interval: 1 seed", "-", "-"
-        if interval is not None:
-            shown = "{:.2f}, {:.2f}".format(*interval)
+        if limits is not None:
+            shown = "{:.2f}, {:.2f}".format(*limits)
         if theirs:
             expected = "{:.2f} ({:.2f}, {:.2f})".format(*theirs)
-        if theirs and interval is not None:
-            overlap = "yes" if interval[0] <= theirs[2] and theirs[1] <= interval[1] else "no"
+        if theirs and limits is not None:
+            overlap = "yes" if limits[0] <= theirs[2] and theirs[1] <= limits[1] else "no"
         ours = f"{iqm(scores):.2f} ({shown})"
         cells = [benchmark, arm, len(own), own[0].at, ours, expected, overlap]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -424,8 +459,9 @@ def results_table(runs: list[Run]) -> list[str]:
 
 def details_table(runs: list[Run]) -> list[str]:
     """Per arm and benchmark, as lines of markdown: what the IQM hides, and plasticity then."""
-    columns = "benchmark, arm, gain, late, score of each seed, their mean, dormant, effective rank"
-    columns = [*columns.split(", "), "Fisher trace"]
+    columns = "benchmark, arm, gain, probability of improvement, seeds to tell 0.1, late"
+    columns += ", score of each seed, their mean, dormant, effective rank, Fisher trace"
+    columns = columns.split(", ")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     first = {}  # (benchmark, architecture) -> scores of its first arm
     for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
@@ -433,14 +469,18 @@ def details_table(runs: list[Run]) -> list[str]:
         names += ("critic_effective_rank", "fisher_trace")
         last = [[last_value(run.metrics[name], run.at) for run in own] for name in names]
         actor_dormant, critic_dormant, actor_rank, critic_rank, trace = np.mean(last, axis=1)
-        scores, gain = units(final_scores(own), own[0]), "-"
+        scores = units(final_scores(own), own[0])
         base = first.setdefault((benchmark, own[0].architecture), scores)
-        if base is not scores and (interval := iqm_interval(scores, base)) is not None:
-            gain = "{:.2f} ({:.2f}, {:.2f})".format(iqm(scores) - iqm(base), *interval)
+        against = ["-"] * 3
+        if base is not scores and min(len(scores), len(base)) > 1:
+            for i, statistic in enumerate((difference_of_iqms, probability_of_improvement)):
+                values = statistic(scores, base), *interval(statistic, scores, base)
+                against[i] = "{:.2f} ({:.2f}, {:.2f})".format(*values)
+            against[2] = seeds_to_tell(scores, base)
         seeds = final_scores(own).mean(-1)
         late = iqm(units(final_scores(own, 5), own[0]))
-        cells = [benchmark, arm, gain, f"{late:.2f}", ", ".join(f"{seed:.2f}" for seed in seeds)]
-        cells.append(f"{seeds.mean():.2f}")
+        cells = [benchmark, arm, *against, f"{late:.2f}"]
+        cells += [", ".join(f"{seed:.2f}" for seed in seeds), f"{seeds.mean():.2f}"]
         cells.append(f"{100 * actor_dormant:.1f} / {100 * critic_dormant:.1f} %")
         cells += [f"{actor_rank:.0f} / {critic_rank:.0f}", f"{trace:.4g}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -451,13 +491,19 @@ def details_table(runs: list[Run]) -> list[str]:
 
 
 def choose_styles(runs: list[Run]) -> None:
-    """Set colour and marker of every arm, the same in all figures, in the paper's order; its label
-    is the arm's name without the architecture, which titles the panel."""
-    labels = [run.arm.removeprefix(f"{run.architecture} ") for run in runs]
-    paper = [arm.split(" ", 1)[1] for _, arm in read_paper()]
-    order = sorted(dict.fromkeys(labels), key=lambda label: [*paper, label].index(label))
-    for run, label in zip(runs, labels, strict=True):
-        again, i = divmod(order.index(label), len(COLOURS))  # no pair twice
+    """Set colour and marker of every arm, the same in all figures of all reports for the paper's
+    dense, GMP and SET, or what is closest to them; its label is the arm's name without the
+    architecture, which titles the panel."""
+    places = {}  # label -> colour; the paper's own arms first
+    first = dict(dense=0, GMP=1, SET=2)
+    for run in sorted(runs, key=lambda run: not is_papers(run)):
+        label = run.arm.removeprefix(f"{run.architecture} ")
+        if label not in places:
+            place = first.get(label.replace(",", " ").split()[0])
+            if place is None or place in places.values():
+                place = next(i for i in itertools.count(3) if i not in places.values())
+            places[label] = place
+        again, i = divmod(places[label], len(COLOURS))  # no pair twice
         marker = MARKERS[(i + again) % len(MARKERS)]
         run.style = dict(color=COLOURS[i], marker=marker, label=label)
 
@@ -497,11 +543,10 @@ def draw_curve(axes, runs: list[Run], series_of) -> None:
     values = units(values, runs[0])
     marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
     axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
-    interval = iqm_interval(values, resamples=BAND_RESAMPLES)
-    if interval is not None:
-        axes.fill_between(
-            timesteps, *interval, color=runs[0].style["color"], alpha=0.2, linewidth=0
-        )
+    limits = interval(iqm, values, resamples=BAND_RESAMPLES)
+    if limits is not None:
+        band = dict(color=runs[0].style["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(timesteps, *limits, **band)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 5, 10]))
 
@@ -555,14 +600,45 @@ def plot_final_scores(runs: list[Run], path: Path) -> None:
                 panel.scatter(places[:-1], seed, **small)
             samples = [*scores.T[..., None], units(scores, arm[0])]
             for place, sample in zip(places, samples, strict=True):
-                interval = iqm_interval(sample)
-                if interval is not None:
-                    panel.vlines(place, *interval, color=style["color"], linewidth=1.2)
+                limits = interval(iqm, sample)
+                if limits is not None:
+                    panel.vlines(place, *limits, color=style["color"], linewidth=1.2)
                 panel.plot(place, iqm(sample), **style, linestyle="", markersize=5)
         panel.axvline(len(tasks) - 1.5, color="#999999", linewidth=0.8)
         turned = dict(rotation=30, ha="right", rotation_mode="anchor") if len(tasks) > 6 else {}
         panel.set_xticks(range(len(tasks)), tasks, **turned)
         panel.set(title=", ".join(title), ylabel=own[0].measure.replace("_", " "))
+    finish(figure, path)
+
+
+def plot_profile(runs: list[Run], path: Path) -> None:
+    """Performance profile: the share of runs and tasks that score above each level, with its band,
+    a panel per architecture and benchmark (Agarwal et al. 2021, section 4.2)."""
+    rows = group(runs, "architecture", "benchmark")
+    columns = min(len(rows), 3)
+    lines = math.ceil(len(rows) / columns)
+    width = WIDTH if columns > 1 else WIDTH / 2
+    figure, axes = panels(lines, columns, width, 2.4, sharey=True)
+    levels = np.linspace(0, 1, 101)
+
+    def share(above):
+        return above.mean((-2, -1))
+
+    for panel in axes.flat[len(rows) :]:
+        panel.set_visible(False)
+    for (title, own), panel in zip(rows.items(), axes.flat, strict=False):
+        for arm in group(own, "arm").values():
+            above = (final_scores(arm) > levels[:, None, None]).astype(float)  # (level, run, task)
+            panel.plot(levels, share(above), **arm[0].style, markevery=20, markersize=3)
+            limits = interval(share, above, resamples=BAND_RESAMPLES)
+            if limits is not None:
+                band = dict(color=arm[0].style["color"], alpha=0.15, linewidth=0)
+                panel.fill_between(levels, *limits, **band)
+        measure = own[0].measure.replace("_", " ")
+        panel.set(title=", ".join(title), xlabel=f"{measure} above", ylim=(0, 1))
+        panel.set_ylabel("share of runs and tasks")
+        panel.tick_params(labelleft=True)
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
     finish(figure, path)
 
 
@@ -608,6 +684,7 @@ def report(args: Args) -> None:
     plot_learning_curves(runs, args.out / "learning_curves.png")
     plot_plasticity(runs, args.out / "plasticity.png")
     plot_final_scores(runs, args.out / "final_returns.png")
+    plot_profile(runs, args.out / "performance_profile.png")
     correlations = plot_dormancy(runs, args.out / "dormancy_return.png")
     shared = [
         f"`{k}` {v}"

@@ -52,8 +52,9 @@ def test_iqm_by_hand():
 
 def test_interval_by_hand():
     # The resamples of two seeds are 00, 01, 10, 11, with means 0, 1/2, 1/2, 1
-    assert report.iqm_interval(np.array([[0.0], [1.0]])).tolist() == [0, 1]
-    assert report.iqm_interval(np.array([[[0.0], [1]], [[2], [4]]])).T.tolist() == [[0, 1], [2, 4]]
+    assert report.interval(report.iqm, np.array([[0.0], [1.0]])).tolist() == [0, 1]
+    scores = np.array([[[0.0], [1]], [[2], [4]]])
+    assert report.interval(report.iqm, scores).T.tolist() == [[0, 1], [2, 4]]
 
 
 def test_interval_of_a_difference_against_every_resample():
@@ -61,13 +62,14 @@ def test_interval_of_a_difference_against_every_resample():
     draws = [list(draw) for draw in itertools.product(range(3), repeat=3)]
     every = [ours[a].mean() - base[b].mean() for a in draws for b in draws]  # 3 scores: none is cut
     expected = np.quantile(every, (0.025, 0.975))
-    assert report.iqm_interval(ours, base) == pytest.approx(expected, abs=0.02)
-    assert report.iqm_interval(ours, base[:1]) is None
+    difference = report.difference_of_iqms
+    assert report.interval(difference, ours, base) == pytest.approx(expected, abs=0.02)
+    assert report.interval(difference, ours, base[:1]) is None
 
 
 def test_interval_is_stratified_by_task():
     # Every resample keeps both tasks, and the seeds of a task agree: nothing can vary
-    assert report.iqm_interval(np.array([[0.2, 0.8]] * 4)) == pytest.approx(0.5)
+    assert report.interval(report.iqm, np.array([[0.2, 0.8]] * 4)) == pytest.approx(0.5)
 
 
 def test_interval_against_every_resample():
@@ -78,11 +80,33 @@ def test_interval_against_every_resample():
         for a, b in itertools.product(draws, draws)
     ]
     expected = np.quantile(every, (0.025, 0.975))
-    assert report.iqm_interval(scores) == pytest.approx(expected, abs=0.03)
+    assert report.interval(report.iqm, scores) == pytest.approx(expected, abs=0.03)
 
 
 def test_one_seed_has_no_interval():
-    assert report.iqm_interval(np.array([[0.1, 0.2, 0.3]])) is None
+    assert report.interval(report.iqm, np.array([[0.1, 0.2, 0.3]])) is None
+
+
+def test_probability_of_improvement_by_hand():
+    ours, base = np.array([[0.5, 0.0], [0.9, 0.0]]), np.array([[0.5, 1.0], [0.7, 0.0], [0.1, 0.0]])
+    # First task: 0.5 wins once and ties once, 0.9 wins thrice; second: 0.0 ties twice, and again
+    expected = ((1.5 + 3) / 6 + (1 + 1) / 6) / 2
+    assert report.probability_of_improvement(ours, base) == pytest.approx(expected)
+    assert report.probability_of_improvement(base, ours) == pytest.approx(1 - expected)
+    u = [scipy.stats.mannwhitneyu(ours[:, i], base[:, i]).statistic / 6 for i in range(2)]
+    assert report.probability_of_improvement(ours, base) == pytest.approx(np.mean(u))
+    low, high = report.interval(report.probability_of_improvement, ours, base)
+    assert 0 <= low < expected < high <= 1
+
+
+def test_seeds_to_tell_a_gain_of_normal_scores():
+    """The middle half's mean of n normal scores has the variance s^2 / (0.83 n)."""
+    rng, s = np.random.default_rng(1), 0.2
+    scores, base = rng.normal(0.5, s, (5000, 1)), rng.normal(0.8, s, (5000, 1))
+    expected = (1.96 + 0.84) ** 2 * 2 * s**2 / 0.83 / 0.1**2  # 76
+    assert abs(int(report.seeds_to_tell(scores, base)) - expected) <= 10
+    assert report.seeds_to_tell(base / 100, base / 100) == "5"
+    assert report.seeds_to_tell(scores[:2], base) == "-"
 
 
 def test_spearman_by_hand():
@@ -126,6 +150,8 @@ def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None
             writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
         for step in range(purge or 100 * unit, until * unit + 1, 100 * unit):
             writer.add_scalar("sparsity/actor", args.sparsity, step)
+            if step == 100 * unit:  # no evolution follows the last update
+                writer.add_scalar("sparsity/actor_grown_kept", 0.5, step)
             writer.add_scalar("sparsity/actor/conv1", 0.5, step)
             writer.add_scalar("losses/explained_variance", float("nan"), step)
             for i, name in enumerate([*report.CURVES, "critic_effective_rank"]):
@@ -161,13 +187,14 @@ def test_report_of_two_arms(tmp_path, capsys):
     assert "| MTPPO dense | 2 | 400000 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
     # The first evaluation has half the scores of the second: their IQM is 0.525. The metrics are
     # 0.4 x (i + seed + sum of the scores) at the end, on average 0.4 x (i + 3.6)
-    row = r"GMP \| 0\.60 \(0\.45, 0\.75\) \| 0\.5[23] \| 0\.55, 0\.85 \| 0\.70 \| 144\.0 / "
+    row = r"GMP \| 0\.60 \(0\.45, 0\.75\) \| 1\.00 \(1\.00, 1\.00\) \| - "
+    row += r"\| 0\.5[23] \| 0\.55, 0\.85 \| 0\.70 \| 144\.0 / "
     assert re.search(row, text) and "| 144.0 / 184.0 % | 2 / 3 | 2.64 |" in text
-    assert re.search(r"MTPPO dense \| - \| 0\.0[78] \| 0\.10, 0\.10 \| 0\.10 \|", text)
+    assert re.search(r"MTPPO dense \| - \| - \| - \| 0\.0[78] \| 0\.10, 0\.10 \| 0\.10 \|", text)
     # Another experiment than the paper's has no figure of the paper's next to it
     assert "| MTPPO GMP 0.9 | 2 | 400000 | 0.60 (0.60, 0.60) | - | - |" in text
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
-    names = "learning_curves final_returns plasticity dormancy_return".split()
+    names = "learning_curves final_returns performance_profile plasticity dormancy_return".split()
     assert all(f"![]({name}.png)" in text for name in names)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("report.md", "results.csv"),
@@ -179,13 +206,13 @@ def test_report_of_two_arms(tmp_path, capsys):
         **dict(arm="MTPPO dense", benchmark="MT3", seed="1", timestep="200000", task="LavaGapS7"),
         **dict(normalized_return="0.05", actor_dormant_ratio="0.26", critic_dormant_ratio="0.46"),
         **dict(actor_effective_rank="0.66", critic_effective_rank="1.06", fisher_trace="0.86"),
-        actor_sparsity="0",
+        **dict(actor_sparsity="0", actor_grown_kept="0.5"),
     )
     earlier = write_report(tmp_path / "earlier", tmp_path / "runs", timestep=200_000)
     assert "| MTPPO dense | 2 | 200000 | 0.05 (0.05, 0.05) | - | - |" in earlier
 
 
-RESULTS = sorted((ROOT / "benchmark" / "results").iterdir())
+RESULTS = sorted(path.parent for path in (ROOT / "benchmark" / "results").glob("*/results.csv"))
 METRICS = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
 METRICS += ["critic_effective_rank", "fisher_trace"]
 UNITS, ERRORS = (100, 100, 1, 1, 1), (0.051, 0.051, 0.51, 0.51, 0.051)
@@ -197,37 +224,52 @@ def test_the_committed_reports_follow_from_their_results(folder):
         cut = len(scores) // 4
         return sum(sorted(scores)[cut : len(scores) - cut]) / (len(scores) - 2 * cut)
 
-    text, readme = (folder / "report.md").read_text(), (ROOT / "README.md").read_text()
+    text = (folder / "report.md").read_text()
+    shown = (folder.parent / "README.md").read_text().splitlines()
     curves, score = {}, "normalized_return"
     with open(folder / "results.csv") as file:
         for row in csv.DictReader(file):
             values = {name: float(row[name]) for name in (score, *METRICS)}
             run = curves.setdefault((row["benchmark"], row["arm"]), {}).setdefault(row["seed"], {})
             run.setdefault(row["task"], []).append(values)
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "| MT" in line]
-    assert len(lines) == 2 * len(curves)
-    first = next(iter(curves))  # one benchmark and one architecture
-    for benchmark, arm, *cells in lines:
-        runs = [list(tasks.values()) for tasks in curves[benchmark, arm].values()]
+    first = {}  # architecture -> scores of its first arm
+    for (_, arm), runs in curves.items():
+        ends = np.array([[task[-1][score] for task in run.values()] for run in runs.values()])
+        first.setdefault(arm.split()[0], ends)
+    names, rows = [], []
+    for line in text.splitlines():
+        cells = line.strip("| ").split(" | ")
+        names = cells if line.startswith("| benchmark") else names
+        if line.startswith("| MT"):
+            rows.append(dict(zip(names, cells, strict=True)))
+    assert len(rows) == 2 * len(curves)
+    for row in rows:
+        runs = [list(tasks.values()) for tasks in curves[row["benchmark"], row["arm"]].values()]
         ends = [[task[-1][score] for task in run] for run in runs]
         level = middle([x for run in ends for x in run])
-        if cells[0].isdigit():
-            interval = "{:.2f}, {:.2f}".format(*report.iqm_interval(np.array(ends)))
-            assert [int(cells[0]), cells[2]] == [len(runs), f"{level:.2f} ({interval})"]
-            assert f"| {' | '.join([benchmark, arm, *cells])} |" in readme.splitlines()
+        if "seeds" in row:
+            interval = "{:.2f}, {:.2f}".format(*report.interval(report.iqm, np.array(ends)))
+            assert row["seeds"] == str(len(runs))
+            assert row["IQM (95 % interval)"] == f"{level:.2f} ({interval})"
+            assert f"| {' | '.join(row.values())} |" in shown
             continue
+        base, ours = first[row["arm"].split()[0]], np.array(ends)
+        for name, statistic in (
+            ("gain", report.difference_of_iqms),
+            ("probability of improvement", report.probability_of_improvement),
+        ):
+            values = statistic(ours, base), *report.interval(statistic, ours, base)
+            text = "{:.2f} ({:.2f}, {:.2f})".format(*values)
+            is_first = ours.shape == base.shape and (ours == base).all()
+            assert row.get(name, text) == ("-" if is_first and name in row else text)
         seeds = [sum(run) / len(run) for run in ends]
         late = middle([sum(row[score] for row in task[-5:]) / 5 for run in runs for task in run])
-        base = [[task[-1][score] for task in tasks.values()] for tasks in curves[first].values()]
-        gain = level - middle([x for run in base for x in run])
-        interval = "{:.2f}, {:.2f}".format(*report.iqm_interval(np.array(ends), np.array(base)))
-        assert cells[:4] == [
-            "-" if (benchmark, arm) == first else f"{gain:.2f} ({interval})",
-            *(f"{late:.2f}", ", ".join(f"{seed:.2f}" for seed in seeds)),
-            f"{sum(seeds) / len(seeds):.2f}",
-        ]
-        shown = [float(number) for number in re.findall(r"[\d.]+", " ".join(cells[4:]))]
-        for number, metric, unit, error in zip(shown, METRICS, UNITS, ERRORS, strict=True):
+        assert row["late"] == f"{late:.2f}"
+        assert row["score of each seed"] == ", ".join(f"{seed:.2f}" for seed in seeds)
+        assert row["their mean"] == f"{sum(seeds) / len(seeds):.2f}"
+        cells = row["dormant"], row["effective rank"], row["Fisher trace"]
+        numbers = [float(number) for number in re.findall(r"[\d.]+", " ".join(cells))]
+        for number, metric, unit, error in zip(numbers, METRICS, UNITS, ERRORS, strict=True):
             mean = sum(run[0][-1][metric] for run in runs) / len(runs)
             assert number == pytest.approx(unit * mean, abs=error)
 
@@ -299,6 +341,37 @@ def test_figures_show_all_of_every_curve(tmp_path, monkeypatch):
     [point] = figures["dormancy_return"].axes[2].lines
     assert point.get_xdata() == pytest.approx(0.4 * (1000 + 1.8))
     assert point.get_ydata() == pytest.approx(0.6)
+
+
+def test_arms_have_the_same_colour_in_every_report(tmp_path, monkeypatch):
+    """The paper's arms their own; without them, what is called like them."""
+    gmp = write_log(tmp_path / "gmp")
+    early = write_log(tmp_path / "early", prune_start=0.0)
+    fair = write_log(tmp_path / "fair", critic_epochs=8)
+    dense = write_log(tmp_path / "dense", sparsity=0)
+
+    def colours(*folders):
+        runs = [report.read_run(folder) for folder in folders]
+        for run, folder in zip(runs, folders, strict=True):
+            run.arm = dict(gmp="MTPPO GMP", dense="MTPPO dense").get(folder.name, "MTPPO GMP, x")
+            run.arm += " early" * (folder.name == "early")
+        report.choose_styles(runs)
+        return [report.COLOURS.index(run.style["color"]) for run in runs]
+
+    assert colours(dense, gmp) == [0, 1] and colours(gmp) == [1]
+    assert colours(early, gmp) == [3, 1] and colours(early, fair, dense) == [1, 3, 0]
+
+
+def test_the_performance_profile_by_hand(tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(report, "finish", lambda figure, path: figures.update({path.stem: figure}))
+    write_log(tmp_path / "a", scores=(0.2, 0.5, 0.9))
+    write_log(tmp_path / "b", scores=(0.0, 0.5, 1.0), seed=2)
+    write_report(tmp_path / "out", tmp_path)
+    [line] = figures["performance_profile"].axes[0].lines
+    share = dict(zip(line.get_xdata().round(2), line.get_ydata(), strict=True))
+    expected = {0: 5 / 6, 0.19: 5 / 6, 0.3: 4 / 6, 0.6: 2 / 6, 0.95: 1 / 6, 1: 0}
+    assert {level: share[level] for level in expected} == pytest.approx(expected)
 
 
 def test_dormancy_goes_with_the_score_of_the_same_run(tmp_path, monkeypatch):
@@ -530,6 +603,7 @@ def test_studies_share_their_runs(tmp_path):
     ).items():
         assert len(one & folders[name]) == seeds
     assert len(three & folders["orthogonality"]) == 3 * 5
+    assert len(three & folders["sparsity_levels"]) == 3 * 5
     assert not one & folders["fair_critic"]
     assert len(table) == 30 * 3 * (7 + 5 + 5)
 
