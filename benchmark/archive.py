@@ -1,17 +1,24 @@
-"""Keep of complete runs what sweep.py and report.py need, in folders small enough to commit.
+"""Keep of complete runs what sweep.py, report.py and subnetworks.py read, in small folders.
 
 A run of 400,000 timesteps on MT5 leaves about 70 KB: its arguments, its evaluations, measurements
-of plasticity, and what it printed. A study that takes days goes on elsewhere from there:
+of plasticity, and what it printed; a sparse one also its masks, 60 KB (masks.npz, a bit a weight).
+A study that takes days goes on elsewhere from there:
 
     python benchmark/archive.py runs/sweep benchmark/logs
     cp -r benchmark/logs/. runs/sweep                       # on a new machine, before sweep.py
 """
 
+import json
+import math
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import torch
 import tyro
 from sweep import fail, printed_summary
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,10 +27,59 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    """Keep of complete runs what sweep.py and report.py need."""
+    """Keep of complete runs what sweep.py, report.py and subnetworks.py read."""
 
     runs_dir: tyro.conf.Positional[Path]  # folder of run folders, as sweep.py makes it
     out: tyro.conf.Positional[Path]  # folder to write to; what is there already stays
+
+
+class Masks(NamedTuple):
+    """The masks of a run's networks, as bool, and the weights of their task encoders, as float."""
+
+    script: str
+    args: dict
+    timestep: int  # that they are of
+    arrays: dict[str, np.ndarray]  # by network and layer, like actor/conv1; none: a dense run
+
+
+def read_masks(folder: Path) -> Masks | None:
+    """The masks in a run's checkpoint.pt, or in its masks.npz; None if it has neither."""
+    try:
+        if (folder / "checkpoint.pt").exists():
+            state = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
+            arrays = {}
+            for network in ("actor", "critic"):
+                for layer, mask in state[network]["_extra_state"].items():
+                    arrays[f"{network}/{layer}"] = mask.numpy() > 0
+                if arrays and "task_encoder.weight" in state[network]:
+                    weight = state[network]["task_encoder.weight"]
+                    arrays[f"{network}/task_encoder"] = weight.numpy().copy()
+            return Masks(state["script"], state["args"], state["timestep"], arrays)
+        if (folder / "masks.npz").exists():
+            with np.load(folder / "masks.npz") as file:
+                arrays = dict(file)
+            run = json.loads(str(arrays.pop("run")))
+            for name, shape in run.pop("shapes").items():
+                bits = np.unpackbits(arrays[name], count=math.prod(shape))
+                arrays[name] = bits.reshape(shape).astype(bool)
+            return Masks(**run, arrays=arrays)
+    except Exception as error:  # torch.load and np.load raise nearly anything on a damaged file
+        fail(f"{folder}: checkpoint.pt or masks.npz is damaged ({type(error).__name__})")
+    return None
+
+
+def keep_masks(folder: Path, target: Path) -> None:
+    """Write the masks of a run to masks.npz in target, if it has any and they are not there yet."""
+    masks = None if (target / "masks.npz").exists() else read_masks(folder)
+    if masks is None or not masks.arrays:
+        return
+    bits = {name: array for name, array in masks.arrays.items() if array.dtype == bool}
+    run = masks._asdict() | {"shapes": {name: mask.shape for name, mask in bits.items()}}
+    packed = {name: np.packbits(mask) for name, mask in bits.items()}
+    arrays = run.pop("arrays") | packed
+    arrays["run"] = np.array(json.dumps(run))
+    np.savez_compressed(target / "partial.npz", **arrays)
+    os.replace(target / "partial.npz", target / "masks.npz")
 
 
 def archive_run(folder: Path, target: Path) -> None:
@@ -66,6 +122,8 @@ def archive(args: Args) -> None:
     for folder in new:
         shutil.rmtree(args.out / folder.name, ignore_errors=True)  # of an archiving cut off
         archive_run(folder, args.out / folder.name)
+    for folder in complete:  # also those that were archived before masks were kept
+        keep_masks(folder, args.out / folder.name)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(
         f"{len(new)} runs archived, {len(complete) - len(new)} were; {size:,} bytes in {args.out}"

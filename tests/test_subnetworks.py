@@ -1,0 +1,289 @@
+"""What the tasks' heads read: masks by hand, networks, chance, archives, what is refused."""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy
+import torch
+
+import moe_sparse
+import mtppo_gmp
+import mtppo_set
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmark"))
+
+import archive  # noqa: E402
+import subnetworks  # noqa: E402
+
+TINY = dict(
+    **dict(benchmark="MT3", total_timesteps=300, num_steps=50, minibatch_size=25, update_epochs=1),
+    **dict(prune_frequency=25, eval_frequency=300, eval_episodes=1, plasticity_frequency=300),
+    **dict(plasticity_batch_size=60, plasticity_buffer_size=300, num_threads=1),
+)
+
+
+def head_masks(*features, num_features=16):
+    """Masks of heads, each with one useful hidden neuron that is connected to these features."""
+    hidden = np.zeros((len(features), 2, num_features), bool)
+    for task, own in enumerate(features):
+        hidden[task, 0, own] = True
+    output = np.zeros((len(features), 3, 2), bool)
+    output[:, 1, 0] = True
+    return dict(head_hidden=hidden, head_output=output)
+
+
+def write_checkpoint(folder, actor, critic=None, script=mtppo_set, timestep=None, **flags):
+    """A checkpoint with no more than masks and arguments, and the end of what a run prints."""
+    args = script.Args(**dict(benchmark="MT3", total_timesteps=2000) | flags)
+    state = dict(script=script.__name__, args=asdict(args))
+    state["timestep"] = args.total_timesteps if timestep is None else timestep
+    for name, masks in dict(actor=actor, critic=actor if critic is None else critic).items():
+        own = {layer: torch.from_numpy(mask).float() for layer, mask in masks.items()}
+        state[name] = dict(_extra_state=own)
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "checkpoint.pt")
+    (folder / "output.txt").write_text("mean  0.5\n\nsum  9.9  100.0%\n")
+    return folder
+
+
+def tables(capsys, *paths, out=None):
+    subnetworks.subnetworks(subnetworks.Args(paths, out))
+    return capsys.readouterr().out
+
+
+def row(text, first):
+    """The cells of the first row that begins so."""
+    [line, *_] = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def error(capsys, *paths, out=None):
+    with pytest.raises(SystemExit) as ended:
+        subnetworks.subnetworks(subnetworks.Args(paths, out))
+    printed, message = capsys.readouterr()
+    assert ended.value.code == 2 and not printed and message.count("\n") == 1
+    return message
+
+
+# What a head reads
+
+
+def test_a_hidden_neuron_without_outputs_reads_nothing():
+    masks = head_masks([0, 1], [2])
+    masks["head_hidden"][0, 1, [1, 5, 6]] = True  # of the second neuron, which has no output
+    network = subnetworks.read_network(masks)
+    assert [np.flatnonzero(own).tolist() for own in network.reads] == [[0, 1], [2]]
+    assert network.connected.tolist() == [4, 1] and network.hidden.tolist() == [1, 1]
+    assert network.reached == 16 and network.shares is None
+
+
+@pytest.mark.parametrize("script", [mtppo_gmp, moe_sparse], ids=lambda s: s.__name__)
+def test_reads_are_what_gradients_reach(script):
+    """From the observation to the features, and from these to each head's output."""
+    torch.manual_seed(0)
+    network = script.make_networks(script.Args(benchmark="MT3"))["actor"]
+    network.masks = {
+        name: (torch.rand_like(network.get_submodule(name).weight) < density).float()
+        for name, density in zip(network.layers, (0.1, 0.02, 0.01, 0.02, 0.05), strict=True)
+    }
+    script.apply_masks(network)
+    layers = {name: mask.numpy() > 0 for name, mask in network.masks.items()}
+    if script is moe_sparse:
+        layers["task_encoder"] = network.task_encoder.weight.detach().numpy()
+    found = subnetworks.read_network(layers)
+
+    # What features can vary: without biases and negative weights no ReLU cuts a path
+    for name in ("conv1", "conv2", "conv3"):
+        layer = network.get_submodule(name)
+        layer.weight.data.copy_(0.2 * network.masks[name])
+        layer.bias.data.zero_()
+    if script is moe_sparse:
+        network.task_encoder.weight.data.abs_()
+    obs = torch.rand(20, 7, 7, 3)
+    _, features, _ = network.activations(obs, [20, 0, 0])
+    varies = (features.std(0) > 0).numpy()
+    assert 0 < varies.sum() < 1024 and found.reached == varies.sum()
+    assert (subnetworks.reached_features(layers) == varies).all()
+
+    features = torch.randn(3, 1, features.shape[1], requires_grad=True)
+    network.head_output(torch.tanh(network.head_hidden(features))).sum().backward()
+    expected = (features.grad[:, 0] != 0).numpy() & varies
+    assert expected.any(1).all() and (found.reads == expected).all()
+    unread = (layers["head_hidden"].any(1) & varies).sum() - expected.sum()
+    assert unread > 0  # there are hidden neurons without outputs
+
+
+def test_overlaps_by_hand(tmp_path, capsys):
+    """Two seeds: heads that read the same, one feature in three, nothing in common."""
+    first = head_masks([0, 1], [0, 1], [1, 2])
+    second = head_masks([0, 1], [2, 3], [1, 2])
+    other = head_masks([0], [0], [0])
+    for seed, masks in enumerate((first, second), 1):
+        write_checkpoint(tmp_path / f"run{seed}", masks, other, seed=seed)
+    text = tables(capsys, tmp_path, out=tmp_path / "out")
+    assert "MTPPO SET on MT3: actor, 2 seeds" in text and "16, 16 of 16 features" in text
+    mean, chance, _, *seeds = row(text, "LavaGapS7, RedBlueDoors-6x6")
+    assert mean == "0.500*" and [own.split()[0] for own in seeds] == ["1.000", "0.000"]
+    # Two of 16 features, twice: both the same with 1/120, one with 28/120
+    assert float(chance) == pytest.approx((1 + 28 / 3) / 120, abs=0.005)
+    assert row(text, "LavaGapS7, MemoryS11")[0] == "0.333"
+    assert row(text, "MemoryS11")[:4] == ["1", "2", "2", "0.250"]  # alone: 1 of 2, none of 2
+    critic = text[text.index("critic") :]
+    assert row(critic, "LavaGapS7, RedBlueDoors-6x6")[0] == "1.000*"
+    assert (tmp_path / "out" / "subnetworks.md").read_text().startswith(text)
+    assert (tmp_path / "out" / "subnetworks.png").stat().st_size > 10_000
+
+
+def test_arms_are_apart(tmp_path, capsys):
+    masks = head_masks([0, 1], [1], [2])
+    for seed, zeta in ((1, 0.3), (2, 0.3), (1, 0.1)):
+        write_checkpoint(tmp_path / f"{seed}_{zeta}", masks, seed=seed, set_zeta=zeta)
+    text = tables(capsys, tmp_path)
+    assert "MTPPO SET on MT3, set zeta 0.3: actor, 2 seeds" in text
+    assert "MTPPO SET on MT3, set zeta 0.1: critic, 1 seed\n" in text
+
+
+# Chance
+
+
+def test_chance_against_sets_drawn():
+    sizes, pool, draws = np.array([9, 14, 4]), 20, 4000
+    rng = np.random.default_rng(0)
+    sets = rng.random((draws, 3, pool)).argsort(2) < sizes[:, None]  # (draw, task, D)
+    expected = [subnetworks.overlap(a, b) for a, b, _ in sets]
+    found = subnetworks.overlap_by_chance(9, 14, pool, rng)
+    compared = [(found, expected)]
+    expected = [subnetworks.alone(own, 0) for own in sets]
+    compared.append((subnetworks.alone_by_chance(sizes, 0, pool, rng), expected))
+    for found, expected in compared:
+        assert found.shape == (subnetworks.DRAWS,)
+        assert found.mean() == pytest.approx(np.mean(expected), abs=0.006)
+        assert found.std() == pytest.approx(np.std(expected), rel=0.05)
+
+
+def test_sets_drawn_at_random_are_rarely_marked():
+    rng = np.random.default_rng(0)
+    networks = []
+    for _ in range(3):
+        sizes = rng.integers(50, 400, 7)
+        reads = rng.random((7, 512)).argsort(1) < sizes[:, None]
+        networks.append(subnetworks.Network(reads, sizes, sizes, 512, 1 * reads))
+    pairs = subnetworks.compare_pairs(networks)
+    assert len(pairs) == 21 and sum(own.mark == "*" for own in pairs.values()) <= 4
+
+
+def test_no_features_and_all_of_them():
+    nothing, everything = np.zeros((2, 8), bool), np.ones((2, 8), bool)
+    for reads, expected in ((nothing, 0.0), (everything, 1.0)):
+        network = subnetworks.Network(reads, None, None, 8, 1 * reads)
+        [own] = subnetworks.compare_pairs([network]).values()
+        assert own.observed == own.chance == own.low == own.high == expected and own.mark == ""
+        assert [own.mark for own in subnetworks.compare_alone([network])] == ["", ""]
+
+
+# Experts
+
+
+def test_experts_may_change_places_between_seeds():
+    shares = np.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], [[0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]])
+    text = subnetworks.describe_experts(("a", "b"), shares, ["seed 1", "seed 2"])
+    assert row(text, "a") == ["0.50", "2.00", "0.50 0.50 0.00", "0.00 0.50 0.50"]
+    assert row(text, "b") == ["1.00", "1.00", "1.00 0.00 0.00", "0.00 0.00 1.00"]
+
+
+# Archives
+
+
+def test_an_archive_gives_the_same_tables(tmp_path, capsys):
+    runs, logs, moved = tmp_path / "runs", tmp_path / "logs", tmp_path / "moved"
+    for name, flags in dict(sparse={}, dense=dict(sparsifier="none")).items():
+        moe_sparse.train(moe_sparse.Args(**TINY, **flags, run_dir=str(runs / name)))
+        (runs / name / "output.txt").write_text("mean  0.5\n\nsum  9.9  100.0%\n")
+    capsys.readouterr()
+    expected = tables(capsys, runs)
+    assert "MoE GMP on MT3: actor, 1 seed" in expected and "Experts" in expected
+    assert "- dense: dense, it has no masks" in expected
+
+    def archived(source, target):
+        archive.archive(archive.Args(source, target))
+        capsys.readouterr()
+        return tables(capsys, target).split("\n## Left out")[0]
+
+    expected = expected.split("\n## Left out")[0]
+    assert archived(runs, logs) == expected
+    kept = logs / "sparse" / "masks.npz"
+    assert kept.stat().st_size < 60_000 and not (logs / "dense" / "masks.npz").exists()
+    assert archived(logs, moved) == expected  # without checkpoint.pt
+    kept.unlink()  # as if archived before masks were kept
+    assert archived(runs, logs) == expected
+    shutil.rmtree(moved)
+    (logs / "sparse" / "masks.npz").unlink()
+    archive.archive(archive.Args(logs, moved))  # neither of the two
+    assert "2 runs archived" in capsys.readouterr().out
+    assert "sparse: neither checkpoint.pt nor masks.npz" in error(capsys, moved / "sparse")
+
+
+def test_masks_come_back_from_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    masks = head_masks([0], [1], [2]) | dict(conv1=rng.random((16, 3, 2, 2)) < 0.5)
+    folder = write_checkpoint(tmp_path / "run", masks, script=mtppo_gmp)
+    expected = archive.read_masks(folder)
+    archive.keep_masks(folder, folder)
+    (folder / "checkpoint.pt").unlink()
+    found = archive.read_masks(folder)
+    assert found.timestep == 2000 and found.script == "mtppo_gmp"
+    assert found.args == json.loads(json.dumps(expected.args))  # a tuple comes back as a list
+    assert found.arrays.keys() == expected.arrays.keys()
+    for name, mask in expected.arrays.items():
+        assert found.arrays[name].dtype == bool and (found.arrays[name] == mask).all()
+
+
+# What is refused
+
+
+def test_bad_input_is_refused(tmp_path, capsys):
+    masks = head_masks([0], [1], [2])
+    assert "no runs given" in error(capsys)
+    assert "must be a run folder or a folder of run" in error(capsys, tmp_path / "nothing")
+    dense = write_checkpoint(tmp_path / "a" / "dense", {})
+    assert "none of 1 runs has masks to compare, the first: dense: dense" in error(capsys, dense)
+    early = write_checkpoint(tmp_path / "a" / "early", masks, timestep=1000, total_timesteps=4000)
+    assert "early: incomplete: at timestep 1000 of 4000" in error(capsys, early)
+    one = write_checkpoint(
+        tmp_path / "a" / "one", head_masks([0]), env_ids=("MiniGrid-DoorKey-6x6-v0",)
+    )
+    assert "one: a single task" in error(capsys, one)
+    sac = write_checkpoint(tmp_path / "a" / "sac", dict(hidden1=np.ones((1, 2, 3), bool)))
+    assert "must be a run on MiniGrid" in error(capsys, sac)
+
+    good = write_checkpoint(tmp_path / "a" / "good", masks)
+    text = tables(capsys, tmp_path / "a")
+    assert text.count("\n- ") == 4 and "actor, 1 seed\n" in text
+    (tmp_path / "file").touch()
+    assert "must be a folder to write to" in error(capsys, good, out=tmp_path / "file")
+    shutil.copytree(good, tmp_path / "again")
+    assert "both MTPPO SET on MT3 with seed 1" in error(capsys, good, tmp_path / "again")
+    for name in ("checkpoint.pt", "masks.npz"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("not a file of torch or numpy")
+        assert "is damaged" in error(capsys, tmp_path / name)
+
+
+def test_preference_by_hand():
+    connections = np.array([[3, 1, 2, 0, 0], [30, 10, 20, 5, 0], [0, 2, 1, 3, 0]])
+    network = subnetworks.Network(connections > 0, *[np.zeros(3)] * 2, 5, connections)
+    ranks = scipy.stats.spearmanr(connections[:, :4].T).statistic  # no head reads the last
+    expected = (ranks[0, 1] + ranks[0, 2] + ranks[1, 2]) / 3
+    assert subnetworks.preference(network) == pytest.approx(expected)
+    # Heads that choose apart: 10 pairs of 1000 features, within 1.96 / sqrt(10 * 999) mostly
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(100):
+        drawn = rng.poisson(5.0, (5, 1000))
+        network = subnetworks.Network(drawn > 0, *[np.zeros(5)] * 2, 1000, drawn)
+        inside += abs(subnetworks.preference(network)) < 1.96 / (10 * 999) ** 0.5
+    assert 88 <= inside <= 100
