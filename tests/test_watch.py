@@ -1,0 +1,263 @@
+"""The GIF of an agent: what it shows, its determinism, bad input, Meta-World."""
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from test_mtsac_sparse_metaworld import TINY as TINY_METAWORLD
+from test_runs import SCRIPTS, flags_of
+
+import mtppo_gmp
+import mtsac_sparse_metaworld
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmark"))
+
+import watch  # noqa: E402
+
+# Short ones; an untrained agent comes to the goal of the first
+TASKS = tuple(f"MiniGrid-{name}-v0" for name in ("Empty-5x5", "LavaGapS5", "MultiRoom-N2-S4"))
+on_every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """script -> the folder of a tiny run of it, made once."""
+
+    @cache
+    def make(script):
+        run_dir = tmp_path_factory.mktemp(script.__name__)
+        flags = flags_of(script, total_timesteps=100, eval_frequency=100, env_ids=TASKS)
+        flags |= {"num_experts": 2} if hasattr(script.Args, "num_experts") else {}
+        script.train(script.Args(**flags, run_dir=str(run_dir)))
+        return run_dir
+
+    return make
+
+
+def films_of(script, run_dir, **flags):
+    """task -> its pictures with their captions."""
+    played = watch.play(script, watch.Args(run_dir, **flags))
+    return {task: watch.film(task, *episodes) for task, episodes in played.items()}
+
+
+@torch.no_grad()
+def play_plainly(script, run_dir, seed, num_episodes):
+    """task -> (return, length) of its episodes, with actions drawn from the policy."""
+    actor, _, tasks = script.load_agent(run_dir)
+    envs = [(i, script.make_env(tasks[i])) for i in range(len(tasks)) for _ in range(num_episodes)]
+    seeds = script.seed_all(seed, script.EVALUATION, 0, len(envs))
+    obs = [env.reset(seed=seed)[0] for (_, env), seed in zip(envs, seeds, strict=True)]
+    returns, lengths, running = [0.0] * len(envs), [0] * len(envs), list(range(len(envs)))
+    while running:
+        log_probs = []
+        for k in running:
+            counts = [int(i == envs[k][0]) for i in range(len(tasks))]
+            log_probs.append(actor(torch.from_numpy(obs[k][None]), counts).log_softmax(-1))
+        log_probs = torch.cat(log_probs).numpy()
+        actions = (log_probs + np.random.gumbel(size=log_probs.shape)).argmax(1)
+        for k, action in zip(list(running), actions, strict=True):
+            obs[k], reward, terminated, truncated, _ = envs[k][1].step(action)
+            returns[k] += reward
+            lengths[k] += 1
+            if terminated or truncated:
+                running.remove(k)
+    pairs = list(zip(returns, lengths, strict=True))
+    return {task: pairs[i * num_episodes :][:num_episodes] for i, task in enumerate(tasks)}
+
+
+def last_of_each_episode(shots):
+    """The last caption of each episode."""
+    last = {}
+    for _, caption in shots:
+        last[re.match(r"episode (\d+/\d+),", caption[1])[1]] = caption
+    return last
+
+
+@on_every_script
+def test_returns_and_lengths_are_those_of_the_episodes_played_plainly(script, tiny_run):
+    films = films_of(script, tiny_run(script), episodes=2, seed=3)
+    played = play_plainly(script, tiny_run(script), 3, 2)
+    assert films.keys() == played.keys() and len(films) == 3
+    assert sum(r for pairs in played.values() for r, _ in pairs) > 0  # else it shows nothing
+    for task, pairs in played.items():
+        name = task.removeprefix("MiniGrid-").removesuffix("-v0")
+        assert last_of_each_episode(films[task]) == {
+            f"{j}/2": [name, f"episode {j}/2, step {length}", f"return {value:.2f}"]
+            for j, (value, length) in enumerate(pairs, 1)
+        }
+
+
+def test_long_episodes_skip_steps_and_short_ones_do_not():
+    env = mtppo_gmp.make_env("MiniGrid-RedBlueDoors-6x6-v0")
+    turn, env_seed = 0, 5
+    shots = watch.film("T", env, [(env_seed, [turn] * 7), (env_seed, [turn] * 716)])
+    steps = [int(re.search(r"step (\d+)$", caption[1])[1]) for _, caption in shots]
+    first, second = steps[: 7 + watch.HOLD], steps[7 + watch.HOLD :]
+    assert first == [*range(7), *[7] * watch.HOLD]
+    stride = second[1]
+    assert second == [*range(0, 716, stride), *[716] * watch.HOLD] and stride == 8
+    assert len(shots) <= watch.MAX_FRAMES
+    # 716 turns in place end where they began, and the picture is the environment's own
+    env.reset(seed=env_seed)
+    assert np.array_equal(shots[0][0], env.unwrapped.get_frame(tile_size=watch.SIZE // 12))
+    assert np.array_equal(shots[0][0], shots[-1][0]) and (shots[0][0] != shots[1][0]).any()
+
+
+def write(run_dir, out, **flags):
+    watch.watch(watch.Args(run_dir, out=out, **flags))
+    return out.read_bytes()
+
+
+def test_a_gif_of_all_tasks_the_same_for_a_seed(tiny_run, tmp_path, capsys):
+    run_dir = tiny_run(mtppo_gmp)
+    watch.watch(watch.Args(run_dir, episodes=1))
+    first = (run_dir / "agent.gif").read_bytes()
+    assert re.fullmatch(
+        rf"{run_dir}/agent.gif: \d+ frames, [\d,]+ bytes\n", capsys.readouterr().out
+    )
+    assert write(run_dir, tmp_path / "again.gif", episodes=1) == first
+    assert write(run_dir, tmp_path / "other.gif", episodes=1, seed=2) != first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gif", "other.gif"]
+    with Image.open(run_dir / "agent.gif") as gif:
+        assert gif.size == (3 * watch.SIZE, watch.SIZE + watch.CAPTION)
+        assert 1 < gif.n_frames <= watch.MAX_FRAMES and gif.info["loop"] == 0
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+    for i in range(3):  # each tile is seen to change, and its caption too
+        tiles = [frame[:, i * watch.SIZE : (i + 1) * watch.SIZE] for frame in frames]
+        for part in (slice(watch.SIZE), slice(watch.SIZE, None)):
+            assert any((tile[part] != tiles[0][part]).any() for tile in tiles)
+
+
+def test_colours_and_captions_survive(tmp_path):
+    red, name = np.zeros((160, 160, 3), np.uint8), "a-name-that-is-longer-than-its-tile-is-wide"
+    red[3:5, 3:5] = 255, 0, 0
+    blank = watch.mosaic([[(red, [])]], 0)
+    image = np.asarray(
+        watch.mosaic([[(red, [name, "episode 1/3, step 500", "return 4999.99"])]], 7)
+    )
+    assert np.array_equal(image[:160], red) and np.array_equal(np.asarray(blank)[:160], red)
+    below = image[160:].min(-1) < 255
+    assert below.any() and not below[:, :2].any() and not below[:, -2:].any()  # nothing is cut off
+    assert not below[-1].any() and not below[0].any()
+    noise = np.random.default_rng(0).integers(0, 64, (160, 160, 3), np.uint8)
+    watch.write_gif([[(red, [])], [(noise, [])]], tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        pixels = np.asarray(gif.convert("RGB"))[:, :160]
+    assert (pixels[3:5, 3:5] >= (230, 0, 0)).all() and (pixels[3:5, 3:5, 1:] < 32).all()
+
+
+def test_rows_of_many_tasks():
+    shots = [(np.zeros((9, 9, 3), np.uint8), [])]
+    tile, height = watch.SIZE, watch.SIZE + watch.CAPTION
+    for num_tasks, columns, rows in ((1, 1, 1), (5, 5, 1), (7, 5, 2), (10, 5, 2), (50, 10, 5)):
+        assert watch.mosaic([shots] * num_tasks, 0).size == (columns * tile, rows * height)
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    (tmp_path / "agent.gif").write_text("old")
+    films = [[(np.zeros((9, 9, 3), np.uint8), [])]] * 2
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        watch.write_gif(films, tmp_path / "agent.gif")
+    assert [p.name for p in tmp_path.iterdir()] == ["agent.gif"]
+    assert (tmp_path / "agent.gif").read_text() == "old"
+
+
+def test_bad_input_ends_with_one_line_before_any_work(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(watch, "play", lambda *_: pytest.fail("played"))
+    run_dir = tiny_run(mtppo_gmp)
+    for folder, content in (("text", b"no checkpoint"), ("other", None), ("script", None)):
+        (tmp_path / folder).mkdir()
+        state = {"other": {"weights": 1}, "script": {"script": "os"}}.get(folder)
+        path = tmp_path / folder / "checkpoint.pt"
+        path.write_bytes(content) if content else torch.save(state, path)
+    bad = [
+        (dict(run_dir=tmp_path / "none"), "holds no checkpoint.pt, must be the folder of a run"),
+        (dict(run_dir=tmp_path), "holds no checkpoint.pt"),
+        (dict(run_dir=run_dir / "checkpoint.pt"), "holds no checkpoint.pt"),
+        (dict(run_dir=tmp_path / "text"), "checkpoint.pt is not of a run (RuntimeError)"),
+        (dict(run_dir=tmp_path / "other"), "checkpoint.pt is not of a run (KeyError)"),
+        (dict(run_dir=tmp_path / "script"), "checkpoint.pt is of os, must be of one of "),
+        (dict(episodes=0), "--episodes 0: must be at least 1"),
+        (dict(seed=-1), "--seed -1: must be in [0, 2^63)"),
+        (dict(out=tmp_path / "none" / "a.gif"), "must be a file that can be written (No such"),
+        (dict(out=tmp_path), "must be a file that can be written (is a folder)"),
+        (dict(out=run_dir / "checkpoint.pt" / "a.gif"), "(Not a directory)"),
+    ]
+    for flags, message in bad:
+        with pytest.raises(SystemExit) as ended:
+            watch.watch(watch.Args(**dict(run_dir=run_dir) | flags))
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and message in error, error
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+
+
+# Meta-World, in processes of their own: mujoco reads MUJOCO_GL when it is imported
+
+
+def start(run_dir, backend, *flags):
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL")}
+    environment |= {"MUJOCO_GL": backend} if backend else {}
+    words = [sys.executable, "benchmark/watch.py", str(run_dir), *flags]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def metaworld_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("metaworld")
+    names = ("reach-v3", "plate-slide-back-side-v3")
+    flags = TINY_METAWORLD | dict(env_names=names, total_timesteps=1000)
+    mtsac_sparse_metaworld.train(mtsac_sparse_metaworld.Args(**flags, run_dir=str(run_dir)))
+    return run_dir
+
+
+def test_metaworld(metaworld_run):
+    ended = start(metaworld_run, None, "--episodes", "1", "--out", str(metaworld_run / "a.gif"))
+    if "MuJoCo cannot render" in ended.stderr:
+        pytest.skip("no offscreen renderer for MuJoCo here")
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    with Image.open(metaworld_run / "a.gif") as gif:
+        assert gif.size == (2 * watch.SIZE, watch.SIZE + watch.CAPTION) and gif.n_frames > 50
+        for i in range(2):
+            pixels = np.asarray(gif.convert("RGB"))[: watch.SIZE, i * watch.SIZE :][:, : watch.SIZE]
+            red = (pixels[..., 0] > 100) & (pixels[..., 1:] < 60).all(-1)
+            assert 0.03 < red.mean() < 0.5  # Sawyer's arm
+
+
+def test_metaworld_returns_are_those_of_an_evaluation(metaworld_run, monkeypatch):
+    script = mtsac_sparse_metaworld
+    monkeypatch.setattr(watch, "camera", lambda env: nullcontext(lambda: None))  # none is needed
+    films = films_of(script, metaworld_run, episodes=2, seed=4)
+    actor, args, tasks = script.load_agent(metaworld_run)
+    goals = script.draw_goals(4, len(tasks), 2)
+    for i, (task, env) in enumerate(zip(tasks, script.make_vector_env(args).envs, strict=True)):
+        ends = last_of_each_episode(films[task])
+        for j in range(2):
+            obs, _ = env.reset(seed=goals[i, j])
+            episodic_return = 0.0
+            for _ in range(500):
+                views = torch.zeros(len(tasks), 1, 39)
+                views[i, 0] = torch.as_tensor(obs)
+                with torch.no_grad():
+                    action = script.policy(actor, views)[0][i, 0].tanh().numpy()
+                obs, reward, _, _, _ = env.step(action)
+                episodic_return += reward
+            name, where, shown = ends[f"{j + 1}/2"]
+            assert (name, where) == (task.removesuffix("-v3"), f"episode {j + 1}/2, step 500")
+            assert float(shown.removeprefix("return ")) == pytest.approx(episodic_return, abs=0.02)
+
+
+def test_metaworld_without_a_renderer(metaworld_run):
+    ended = start(metaworld_run, "glfw")  # which needs a display
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("error: MuJoCo cannot render (FatalError): install libegl1")
+    assert not (metaworld_run / "agent.gif").exists()
