@@ -63,7 +63,7 @@ class Args:
     actor_lr: float = 1e-3  # learning rate of the actor's Adam
     critic_lr: float = 1e-3  # learning rate of the critic's Adam
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    gae_lambda: float = 0.95  # lambda of advantage estimation (Schulman et al. 2016)
     clip_coef: float = 0.2  # clipping range of the probability ratio
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     update_epochs: int = 8  # epochs of the actor over each rollout
@@ -85,7 +85,7 @@ class Args:
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each evolution
     set_frequency: int = 2000  # timesteps between two evolutions
     set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
-    set_regrow: Literal["random", "gradient"] = "random"  # grow at random, or by gradient (RigL)
+    set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
     # Comparison arms
@@ -98,8 +98,8 @@ class Args:
     plasticity_frequency: int = 10_000  # timesteps between two measurements of plasticity
     plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
     plasticity_buffer_size: int = 100_000  # latest observations to draw them from, over all tasks
-    dormant_tau: float = 0.001  # score up to which a neuron counts as dormant
-    srank_delta: float = 0.01  # share of the singular values that the effective rank leaves out
+    dormant_tau: float = 0.001  # score up to which a neuron is dormant (Sokar et al. 2023)
+    srank_delta: float = 0.01  # singular values' share left out of the rank (Kumar et al. 2021)
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)

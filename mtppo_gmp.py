@@ -67,7 +67,7 @@ class Args:
     actor_lr: float = 1e-3  # learning rate of the actor's Adam
     critic_lr: float = 1e-3  # learning rate of the critic's Adam
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    gae_lambda: float = 0.95  # lambda of advantage estimation (Schulman et al. 2016)
     clip_coef: float = 0.2  # clipping range of the probability ratio
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     update_epochs: int = 8  # epochs of the actor over each rollout
@@ -85,11 +85,11 @@ class Args:
     # Comparison arms
     weight_decay: float = 0.0  # L2 coefficient of Adam
     layer_norm: bool = False  # normalise each hidden layer before its nonlinearity, no gain or bias
-    redo_frequency: int = 0  # timesteps between two ReDo recyclings of dormant neurons (0: off)
+    redo_frequency: int = 0  # timesteps between two recyclings by ReDo, Sokar et al. 2023 (0: off)
     redo_tau: float = 0.001  # score up to which ReDo recycles a neuron
-    reset_frequency: int = 0  # timesteps between two resets of the output layers (0: off)
+    reset_frequency: int = 0  # timesteps between output resets, Nikishin et al. 2022 (0: off)
     max_resets: int = 2  # resets in a run at the most
-    pcgrad: bool = False  # project conflicting task gradients of the trunk (PCGrad)
+    pcgrad: bool = False  # project conflicting task gradients (Yu et al. 2020)
 
     # Evaluation and plasticity metrics
     eval_frequency: int = 10_000  # timesteps between two evaluations
@@ -97,8 +97,8 @@ class Args:
     plasticity_frequency: int = 10_000  # timesteps between two measurements of plasticity
     plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
     plasticity_buffer_size: int = 100_000  # latest observations to draw them from, over all tasks
-    dormant_tau: float = 0.001  # score up to which a neuron counts as dormant
-    srank_delta: float = 0.01  # share of the singular values that the effective rank leaves out
+    dormant_tau: float = 0.001  # score up to which a neuron is dormant (Sokar et al. 2023)
+    srank_delta: float = 0.01  # singular values' share left out of the rank (Kumar et al. 2021)
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)

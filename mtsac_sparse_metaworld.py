@@ -89,7 +89,7 @@ class Args:
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each evolution
     set_frequency: int = 2000  # timesteps between two evolutions
     set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
-    set_regrow: Literal["random", "gradient"] = "random"  # grow at random, or by gradient (RigL)
+    set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
     # Comparison arms
@@ -101,8 +101,8 @@ class Args:
     eval_episodes: int = 50  # episodes per task in an evaluation
     plasticity_frequency: int = 200_000  # timesteps between two measurements of plasticity
     plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
-    dormant_tau: float = 0.001  # score up to which a neuron counts as dormant
-    srank_delta: float = 0.01  # share of the singular values that the effective rank leaves out
+    dormant_tau: float = 0.001  # score up to which a neuron is dormant (Sokar et al. 2023)
+    srank_delta: float = 0.01  # singular values' share left out of the rank (Kumar et al. 2021)
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
