@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "minigrid==3.2.0", "numpy==2.4.6",
 #                 "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.67"]
 # ///

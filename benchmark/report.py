@@ -83,6 +83,10 @@ unmasked incoming weight is left out of dormancy.
 
 {details}
 
+Plasticity above that of the first arm, difference of means over the seeds with its interval:
+
+{plasticity}
+
 ## Dormancy and return
 
 Over all runs of a panel, whatever their arm: share of dormant neurons and mean score of the tasks.
@@ -487,6 +491,38 @@ def details_table(runs: list[Run]) -> list[str]:
     return lines
 
 
+def plasticity_table(runs: list[Run]) -> list[str]:
+    """Per arm and benchmark, as lines of markdown: every metric less that of the first arm."""
+    names = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
+    names += ["critic_effective_rank", "fisher_trace"]
+    columns = ["benchmark", "arm", "dormant, actor", "dormant, critic", "effective rank, actor"]
+    columns += ["effective rank, critic", "Fisher trace"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+
+    def difference(ours, base):
+        return ours.mean((-2, -1)) - base.mean((-2, -1))
+
+    first = {}  # (benchmark, architecture) -> values of its first arm, metric by metric
+    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
+        values = [
+            np.array([[last_value(run.metrics[name], run.at)] for run in own]) for name in names
+        ]
+        base = first.setdefault((benchmark, own[0].architecture), values)
+        cells = [benchmark, arm]
+        for name, ours, theirs in zip(names, values, base, strict=True):
+            limits = None if base is values else interval(difference, ours, theirs)
+            if limits is None:
+                cells.append("-")
+                continue
+            shown = difference(ours, theirs), *limits
+            if name.endswith("dormant_ratio"):
+                cells.append("{:.2f} ({:.2f}, {:.2f}) %".format(*(100 * x for x in shown)))
+            else:
+                cells.append("{:.0f} ({:.0f}, {:.0f})".format(*shown))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines if len(lines) > 2 + len(first) else ["One arm alone."]
+
+
 # Figures
 
 
@@ -697,6 +733,7 @@ def report(args: Args) -> None:
         resamples=RESAMPLES,
         table="\n".join(table),
         details="\n".join(details_table(runs)),
+        plasticity="\n".join(plasticity_table(runs)),
         correlations="\n".join(correlations),
         left_out="\n".join(f"- {line}" for line in named) or "Nothing.",
         shared=", ".join(shared),
