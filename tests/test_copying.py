@@ -3,13 +3,17 @@ trained by another optimiser."""
 
 import ast
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_runs import flags_of
 from torch import Tensor, nn
+
+import mtppo_gmp
 
 ROOT = Path(__file__).parent.parent
 SET = "clear_state erk_densities set_densities keep_largest draw_masks evolve apply_masks".split()
@@ -140,3 +144,28 @@ def test_gram_schmidt_between_layers():
 
     first, last = fit(Orthogonal(), lambda step, optimizer: None)
     assert last < 0.3 * first
+
+
+PAGES = ROOT / "README.md", ROOT / "benchmark" / "README.md"
+COPY, LOAD = (re.search(r"^```python\n(.*?)^```", p.read_text(), re.M | re.S)[1] for p in PAGES)
+
+
+def test_the_readmes_example_of_copying_prunes_and_learns():
+    torch.manual_seed(0)
+    seen = {}
+    exec(COPY, seen)
+    network = seen["network"]
+    assert active(network)["0"] + active(network)["2"] == 576 - round(0.8 * 576)
+    assert_masked(network)
+    x = torch.randn(1000, 8)
+    y = x[:, :1] * x[:, 1:2]
+    assert (network(x) - y).square().mean() < 0.3 * y.square().mean()
+
+
+def test_the_readmes_example_of_loading_gives_probabilities(tmp_path):
+    mtppo_gmp.train(mtppo_gmp.Args(**flags_of(mtppo_gmp), run_dir=str(tmp_path)))
+    assert '"runs/..."' in LOAD
+    seen = {}
+    exec(LOAD.replace("runs/...", str(tmp_path)), seen)
+    assert seen["log_probs"].shape == (1, 7)
+    assert seen["log_probs"].exp().sum().item() == pytest.approx(1, abs=1e-5)

@@ -16,8 +16,43 @@ def test_top_level_holds_nothing_else():
     names = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     passing = {"runs", "build"} | {n for n in names if n.endswith(".egg-info")}
     expected = {"plasticity_metrics.py", "tests", "benchmark"}
-    expected |= {"README.md", "LICENSE", "pyproject.toml"}
+    expected |= {"README.md", "LICENSE", "CITATION.cff", "pyproject.toml"}
     assert names - passing == expected | {path.name for path in SCRIPTS}
+
+
+PAGES = [ROOT / "README.md", *(ROOT / "benchmark").glob("*.md"), *ROOT.glob("benchmark/*/*.md")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_pages_link_to_what_is_there(path):
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    links = [link for link in links if not link.startswith("https://")]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def commands(text):
+    """The commands in a page's blocks, without comments."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0] for line in lines if re.match(r"(pip .*&& )?python \w", line)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_name_scripts_and_flags_that_exist(path):
+    text = path.read_text().split("## Old studies")[0]  # theirs are of another commit
+    for command in commands(text):
+        script = re.search(r"python (\S+\.py)", command)[1]
+        source = (ROOT / script).read_text()
+        for flag in re.findall(r"--([a-z-]+)", command):
+            field = flag.removeprefix("no-").replace("-", "_")
+            assert re.search(rf"^    ({field}|{flag}): ", source, re.M) or flag == "help", command
+
+
+def test_the_citation_names_version_and_licence_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {project['version']}\n" in citation.replace("cff-version", "")
+    assert f"license: {project['license']}\n" in citation and "2508.06871" in citation
 
 
 def uses(path, package):
