@@ -24,8 +24,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
-from scipy.stats import DegenerateDataWarning, bootstrap, rankdata, trim_mean
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from scipy.stats import DegenerateDataWarning, bootstrap, rankdata, trim_mean, ttest_ind
 from sweep import fail, read_study
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -73,17 +73,21 @@ paper's do, a weak test with few seeds.
 
 ## Behind the IQM
 
-Gain: IQM above that of the architecture's first arm, with its interval. Probability of improvement:
-that a run scores higher on a task than one of the first arm, averaged over tasks, likewise; 0.5 is
-chance. Seeds to tell 0.1: how many an arm it takes to tell a gain of 0.1 from 0 in four of five
-studies, estimated by drawing from these seeds. Late: the IQM of the last five evaluations averaged
-(or as many as there are). Score of each seed: the mean of its tasks.
-Plasticity: means over the seeds, actor / critic, at the last measurement; a neuron without an
-unmasked incoming weight is left out of dormancy.
+Gain: IQM above that of the architecture's first arm. Probability of improvement: that a run scores
+higher on a task than one of the first arm, averaged over tasks; 0.5 is chance. Both with a 95 %
+bootstrap interval that draws whole runs, since one network plays all tasks; the stratified interval
+above draws each task's seeds apart, as the paper's does, and is narrower where the tasks of a run
+go together. From few runs, bootstrap intervals are somewhat too narrow.
+Seeds to tell 0.1: how many an arm it takes to tell a gain of 0.1 from 0 in four of five studies,
+estimated by drawing from these runs. Late: the IQM of the last five evaluations averaged (or as
+many as there are). Score of each seed: the mean of its tasks. Plasticity: means over the seeds,
+actor / critic, at the last measurement (the figure: IQM); a neuron without an unmasked incoming
+weight is left out of dormancy, a masked weight of the Fisher trace.
 
 {details}
 
-Plasticity above that of the first arm, difference of means over the seeds with its interval:
+Plasticity above that of the first arm, difference of means over the seeds with Welch's 95 %
+interval:
 
 {plasticity}
 
@@ -298,44 +302,44 @@ def probability_of_improvement(scores: np.ndarray, base: np.ndarray) -> np.ndarr
     return (signs.mean((-3, -2, -1)) + 1) / 2
 
 
-def interval(statistic, *arms: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray | None:
-    """95 % bootstrap interval of a statistic of arms, each (..., seed, task): (2, ...), or None
-    with one seed.
+def resample(scores: np.ndarray, size: tuple[int, int], rng, stratified: bool) -> np.ndarray:
+    """Draws with replacement, size (resamples, seeds), of runs from scores (..., seed, task), or,
+    stratified, of each task's seeds apart: (..., resample, seed, task)."""
+    tasks = np.arange(scores.shape[-1])
+    seeds = rng.integers(scores.shape[-2], size=(*size, len(tasks) if stratified else 1))
+    return scores[..., seeds, tasks]
 
-    Stratified: every resample draws seeds anew for each task, and keeps all tasks.
+
+def interval(
+    statistic, *arms: np.ndarray, resamples: int = RESAMPLES, stratified: bool = False
+) -> np.ndarray | None:
+    """95 % percentile bootstrap interval of a statistic of arms, each (..., seed, task): (2, ...),
+    or None with one seed.
+
+    It draws whole runs, as one network plays all tasks; stratified, as in the paper, it draws each
+    task's seeds apart, and is too narrow where the tasks of a run go together.
     """
     if min(arm.shape[-2] for arm in arms) == 1:
         return None
-
-    def of_columns(*columns, axis):
-        columns = iter(columns)
-        resampled = [[next(columns) for _ in range(arm.shape[-1])] for arm in arms]
-        return statistic(*(np.stack(tasks, axis=-1) for tasks in resampled))
-
-    result = bootstrap(
-        [arm[..., task] for arm in arms for task in range(arm.shape[-1])],
-        of_columns,
-        **dict(n_resamples=resamples, batch=200, method="percentile", axis=-1),
-        rng=np.random.default_rng(0),
-    )
-    return np.array(result.confidence_interval)
+    rng, batch, values = np.random.default_rng(0), 1000, []
+    for _ in range(resamples // batch):
+        draws = [resample(arm, (batch, arm.shape[-2]), rng, stratified) for arm in arms]
+        values.append(statistic(*draws))
+    return np.quantile(np.concatenate(values, axis=-1), (0.025, 0.975), axis=-1)
 
 
 def seeds_to_tell(scores: np.ndarray, base: np.ndarray, gain: float = 0.1) -> str:
     """How many seeds an arm tell a gain in IQM from 0 in 80 % of studies, as text: from draws of so
-    many seeds of scores and base, both (seed, task), their difference shifted to the gain, against
-    1.96 of its standard deviations."""
-    rng, tasks = np.random.default_rng(0), np.arange(scores.shape[-1])
-    if min(len(scores), len(base)) < 3:
+    many runs of scores and base, both (seed, task), their difference shifted to the gain, against
+    1.96 of its standard deviations, which are corrected for the few runs that are drawn from."""
+    rng, few = np.random.default_rng(0), min(len(scores), len(base))
+    if few < 3:
         return "-"
     for seeds in range(5, 205, 5):
-        drawn = [
-            arm[rng.integers(len(arm), size=(2000, seeds, len(tasks))), tasks]
-            for arm in (scores, base)
-        ]
-        differences = difference_of_iqms(*drawn)
-        shifted = differences - differences.mean() + gain
-        if (shifted > 1.96 * differences.std()).mean() >= 0.8:
+        draws = [resample(arm, (2000, seeds), rng, stratified=False) for arm in (scores, base)]
+        errors = difference_of_iqms(*draws)
+        errors = (errors - errors.mean()) * math.sqrt(few / (few - 1))
+        if (errors + gain > 1.96 * errors.std()).mean() >= 0.8:
             return str(seeds)
     return "more than 200"
 
@@ -447,7 +451,7 @@ def results_table(runs: list[Run]) -> list[str]:
         same = is_papers(own[0]) and own[0].at == PAPER_TIMESTEPS.get(benchmark)
         theirs = paper.get((benchmark, own[0].row)) if same else None
         scores = units(final_scores(own), own[0])
-        limits = interval(iqm, scores)
+        limits = interval(iqm, scores, stratified=True)
         shown, expected, overlap = "no interval: 1 seed", "-", "-"
         if limits is not None:
             shown = "{:.2f}, {:.2f}".format(*limits)
@@ -492,31 +496,27 @@ def details_table(runs: list[Run]) -> list[str]:
 
 
 def plasticity_table(runs: list[Run]) -> list[str]:
-    """Per arm and benchmark, as lines of markdown: every metric less that of the first arm."""
+    """Per arm and benchmark, as lines of markdown: every metric less that of the first arm, means
+    over the seeds and Welch's 95 % interval."""
     names = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
     names += ["critic_effective_rank", "fisher_trace"]
     columns = ["benchmark", "arm", "dormant, actor", "dormant, critic", "effective rank, actor"]
     columns += ["effective rank, critic", "Fisher trace"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-
-    def difference(ours, base):
-        return ours.mean((-2, -1)) - base.mean((-2, -1))
-
     first = {}  # (benchmark, architecture) -> values of its first arm, metric by metric
     for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
-        values = [
-            np.array([[last_value(run.metrics[name], run.at)] for run in own]) for name in names
-        ]
+        values = [[last_value(run.metrics[name], run.at) for run in own] for name in names]
         base = first.setdefault((benchmark, own[0].architecture), values)
         cells = [benchmark, arm]
         for name, ours, theirs in zip(names, values, base, strict=True):
-            limits = None if base is values else interval(difference, ours, theirs)
-            if limits is None:
+            if base is values or min(len(ours), len(theirs)) == 1:
                 cells.append("-")
                 continue
-            shown = difference(ours, theirs), *limits
+            shown = np.array([np.mean(ours) - np.mean(theirs)] * 3)
+            if np.ptp(ours) or np.ptp(theirs):
+                shown[1:] = ttest_ind(ours, theirs, equal_var=False).confidence_interval()
             if name.endswith("dormant_ratio"):
-                cells.append("{:.2f} ({:.2f}, {:.2f}) %".format(*(100 * x for x in shown)))
+                cells.append("{:.2f} ({:.2f}, {:.2f}) %".format(*(100 * shown)))
             else:
                 cells.append("{:.0f} ({:.0f}, {:.0f})".format(*shown))
         lines.append(f"| {' | '.join(cells)} |")
@@ -579,7 +579,7 @@ def draw_curve(axes, runs: list[Run], series_of) -> None:
     values = units(values, runs[0])
     marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
     axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
-    limits = interval(iqm, values, resamples=BAND_RESAMPLES)
+    limits = interval(iqm, values, resamples=BAND_RESAMPLES, stratified=True)
     if limits is not None:
         band = dict(color=runs[0].style["color"], alpha=0.2, linewidth=0)
         axes.fill_between(timesteps, *limits, **band)
@@ -604,6 +604,11 @@ def plot_learning_curves(runs: list[Run], path: Path) -> None:
     finish(figure, path)
 
 
+def percent(share: float, position=None) -> str:
+    """A tick's label."""
+    return f"{100 * share:.3g} %"
+
+
 def plot_plasticity(runs: list[Run], path: Path) -> None:
     """The four plasticity metrics over training, a row per architecture and benchmark."""
     rows = group(runs, "architecture", "benchmark")
@@ -614,7 +619,7 @@ def plot_plasticity(runs: list[Run], path: Path) -> None:
                 draw_curve(panel, arm, lambda run, metric=metric: [run.metrics[metric]])
             panel.set_ylim(bottom=0)
             if metric.endswith("dormant_ratio"):
-                panel.yaxis.set_major_formatter(PercentFormatter(1))
+                panel.yaxis.set_major_formatter(percent)
         row[0].set_ylabel(", ".join(title))
     for top, bottom, name in zip(axes[0], axes[-1], CURVES.values(), strict=True):
         top.set_title(name)
@@ -636,7 +641,7 @@ def plot_final_scores(runs: list[Run], path: Path) -> None:
                 panel.scatter(places[:-1], seed, **small)
             samples = [*scores.T[..., None], units(scores, arm[0])]
             for place, sample in zip(places, samples, strict=True):
-                limits = interval(iqm, sample)
+                limits = interval(iqm, sample, stratified=True)
                 if limits is not None:
                     panel.vlines(place, *limits, color=style["color"], linewidth=1.2)
                 panel.plot(place, iqm(sample), **style, linestyle="", markersize=5)
@@ -666,7 +671,7 @@ def plot_profile(runs: list[Run], path: Path) -> None:
         for arm in group(own, "arm").values():
             above = (final_scores(arm) > levels[:, None, None]).astype(float)  # (level, run, task)
             panel.plot(levels, share(above), **arm[0].style, markevery=20, markersize=3)
-            limits = interval(share, above, resamples=BAND_RESAMPLES)
+            limits = interval(share, above, resamples=BAND_RESAMPLES, stratified=True)
             if limits is not None:
                 band = dict(color=arm[0].style["color"], alpha=0.15, linewidth=0)
                 panel.fill_between(levels, *limits, **band)
@@ -674,7 +679,7 @@ def plot_profile(runs: list[Run], path: Path) -> None:
         panel.set(title=", ".join(title), xlabel=f"{measure} above", ylim=(0, 1))
         panel.set_ylabel("share of runs and tasks")
         panel.tick_params(labelleft=True)
-        panel.yaxis.set_major_formatter(PercentFormatter(1))
+        panel.yaxis.set_major_formatter(percent)
     finish(figure, path)
 
 
@@ -694,7 +699,7 @@ def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
             lines.append(f"- {', '.join(title)}, {network}: {correlation}")
             panel.set_title(f"{', '.join(title)}\n{correlation}")
             panel.xaxis.set_major_locator(MaxNLocator(5))
-            panel.xaxis.set_major_formatter(PercentFormatter(1))
+            panel.xaxis.set_major_formatter(percent)
             panel.set_xlabel(f"dormant share of the {network}'s neurons")
             panel.set_ylabel(f"{own[0].measure.replace('_', ' ')}, mean of tasks")
     finish(figure, path)

@@ -67,12 +67,10 @@ def test_interval_of_a_difference_against_every_resample():
     assert report.interval(difference, ours, base[:1]) is None
 
 
-def test_interval_is_stratified_by_task():
+def test_a_stratified_interval_draws_the_seeds_of_each_task_apart():
     # Every resample keeps both tasks, and the seeds of a task agree: nothing can vary
-    assert report.interval(report.iqm, np.array([[0.2, 0.8]] * 4)) == pytest.approx(0.5)
-
-
-def test_interval_against_every_resample():
+    same = np.array([[0.2, 0.8]] * 4)
+    assert report.interval(report.iqm, same, stratified=True) == pytest.approx(0.5)
     scores = np.array([[0.1, 0.5], [0.4, 0.6], [0.9, 0.8]])
     draws = list(itertools.product(range(3), repeat=3))
     every = [
@@ -80,7 +78,22 @@ def test_interval_against_every_resample():
         for a, b in itertools.product(draws, draws)
     ]
     expected = np.quantile(every, (0.025, 0.975))
-    assert report.interval(report.iqm, scores) == pytest.approx(expected, abs=0.03)
+    assert report.interval(report.iqm, scores, stratified=True) == pytest.approx(expected, abs=0.03)
+
+
+def test_an_interval_draws_whole_runs():
+    scores = np.array([[0.1, 0.5], [0.4, 0.6], [0.9, 0.8]])
+    every = [report.iqm(scores[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
+    expected = np.quantile(every, (0.025, 0.975), method="inverted_cdf")
+    assert report.interval(report.iqm, scores) == pytest.approx(expected)
+    # A task that repeats another adds no runs: 8 seeds, of which 2 or 4 of 16 are cut at each end
+    one = np.random.default_rng(0).random((8, 1))
+    two = np.repeat(one, 2, axis=1)
+    assert (report.interval(report.iqm, one) == report.interval(report.iqm, two)).all()
+    assert report.seeds_to_tell(one, one[::-1]) == report.seeds_to_tell(two, two[::-1])
+    assert np.ptp(report.interval(report.iqm, two, stratified=True)) < 0.8 * np.ptp(
+        report.interval(report.iqm, two)
+    )
 
 
 def test_one_seed_has_no_interval():
@@ -106,6 +119,11 @@ def test_seeds_to_tell_a_gain_of_normal_scores():
     expected = (1.96 + 0.84) ** 2 * 2 * s**2 / 0.83 / 0.1**2  # 76
     assert abs(int(report.seeds_to_tell(scores, base)) - expected) <= 10
     assert report.seeds_to_tell(base / 100, base / 100) == "5"
+    # Draws from 3 runs have 2/3 of the variance that the runs themselves estimate
+    few = np.array([[0.4], [0.5], [0.6]])
+    many = np.repeat(few, 1000, axis=0)  # the same draws, uncorrected
+    ratio = int(report.seeds_to_tell(few, few)) / int(report.seeds_to_tell(many, many))
+    assert ratio == pytest.approx(1.5, abs=0.15)
     assert report.seeds_to_tell(scores[:2], base) == "-"
 
 
@@ -249,7 +267,8 @@ def test_the_committed_reports_follow_from_their_results(folder):
         ends = [[task[-1][score] for task in run] for run in runs]
         level = middle([x for run in ends for x in run])
         if "seeds" in row:
-            interval = "{:.2f}, {:.2f}".format(*report.interval(report.iqm, np.array(ends)))
+            limits = report.interval(report.iqm, np.array(ends), stratified=True)
+            interval = "{:.2f}, {:.2f}".format(*limits)
             assert row["seeds"] == str(len(runs))
             assert row["IQM (95 % interval)"] == f"{level:.2f} ({interval})"
             assert f"| {' | '.join(row.values())} |" in shown
@@ -258,13 +277,20 @@ def test_the_committed_reports_follow_from_their_results(folder):
             names = list(row)[2:]
             of_first = next(a for a in curves if a[1].split()[0] == row["arm"].split()[0])
             for name, metric, unit in zip(names, METRICS, UNITS, strict=True):
-                means = [
-                    np.mean([next(iter(run.values()))[-1][metric] for run in curves[arm].values()])
-                    for arm in ((row["benchmark"], row["arm"]), of_first)
-                ]
-                number = float(row[name].split()[0].replace("-", "-0", row[name] == "-"))
-                difference = unit * (means[0] - means[1])
-                assert number == pytest.approx(difference, abs=0.011 if unit == 100 else 0.51)
+                ours, base = (
+                    np.array([unit * next(iter(run.values()))[-1][metric] for run in arm.values()])
+                    for arm in (curves[row["benchmark"], row["arm"]], curves[of_first])
+                )
+                if row[name] == "-":
+                    assert (ours == base).all()
+                    continue
+                errors = [x.var(ddof=1) / len(x) for x in (ours, base)]  # Welch's t interval
+                parts = [e**2 / (len(x) - 1) for e, x in zip(errors, (ours, base), strict=True)]
+                freedom = sum(errors) ** 2 / sum(parts)
+                half = scipy.stats.t.ppf(0.975, freedom) * sum(errors) ** 0.5
+                expected = ours.mean() - base.mean() + half * np.array([0, -1, 1])
+                shown = [float(number) for number in re.findall(r"-?[\d.]+", row[name])]
+                assert shown == pytest.approx(expected, abs=0.011 if unit == 100 else 0.51)
             continue
         base, ours = first[row["arm"].split()[0]], np.array(ends)
         for name, statistic in (
