@@ -588,13 +588,13 @@ def draw_curve(axes, runs: list[Run], series_of) -> None:
 
 
 def plot_learning_curves(runs: list[Run], path: Path) -> None:
-    """IQM over training: an architecture per row, a benchmark per column."""
-    rows, columns = group(runs, "architecture"), group(runs, "benchmark")
+    """IQM over training: a benchmark per row, an architecture per column."""
+    rows, columns = group(runs, "benchmark"), group(runs, "architecture")
     width = WIDTH if len(columns) > 1 else WIDTH / 2
     figure, axes = panels(len(rows), len(columns), width, 2.4, sharey=True)
     cells = itertools.product(rows, columns)
-    for panel, ((architecture,), (benchmark,)) in zip(axes.flat, cells, strict=True):
-        own = [run for run in rows[(architecture,)] if run.benchmark == benchmark]
+    for panel, ((benchmark,), (architecture,)) in zip(axes.flat, cells, strict=True):
+        own = [run for run in rows[(benchmark,)] if run.architecture == architecture]
         panel.set_visible(bool(own))
         for arm in group(own, "arm").values():
             draw_curve(panel, arm, lambda run: run.scores.values())

@@ -25,6 +25,7 @@ subnetworks.md and subnetworks.png too.
 
 import importlib
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,14 +323,20 @@ def describe_experts(tasks: tuple[str, ...], shares: np.ndarray, seeds: list[str
 def plot(arms: list[list[Run]], path: Path) -> None:
     """A heat map for each arm's actors and critics, in which every pair of tasks is a cell."""
     side = max(len(runs[0].tasks) for runs in arms) - 1
-    size = 2 * (0.55 * side + 1.3) + 0.8, len(arms) * (0.45 * side + 1.3) + 0.6  # inches
-    figure, axes = plt.subplots(len(arms), 2, figsize=size, squeeze=False, layout="constrained")
+    abreast = 2 if len(arms) > 2 else 1  # arms
+    rows = math.ceil(len(arms) / abreast)
+    size = 2 * abreast * (0.55 * side + 1.3) + 0.8, rows * (0.45 * side + 1.3) + 0.6  # inches
+    figure, axes = plt.subplots(
+        rows, 2 * abreast, figsize=size, squeeze=False, layout="constrained"
+    )
     font = dict(fontsize=FONT_SIZE)
     panels = list(itertools.product(arms, ("actor", "critic")))
     compared = [compare_pairs([run.networks[name] for run in runs]) for runs, name in panels]
     limit = max(abs((p.observed - p.chance).mean()) for pairs in compared for p in pairs.values())
     limit = max(limit, 0.05)  # lest noise looks like much
-    for panel, (runs, name), pairs in zip(axes.flat, panels, compared, strict=True):
+    for panel in axes.flat[len(panels) :]:
+        panel.set_visible(False)
+    for panel, (runs, name), pairs in zip(axes.flat, panels, compared, strict=False):
         tasks = runs[0].tasks
         differences = np.full((len(tasks) - 1, len(tasks) - 1), np.nan)
         for (i, j), own in pairs.items():  # the second task's row, the first one's column
