@@ -73,8 +73,8 @@ paper's do, a weak test with few seeds.
 
 ## Behind the IQM
 
-Gain: IQM above that of the architecture's first arm. Probability of improvement: that a run scores
-higher on a task than one of the first arm, averaged over tasks; 0.5 is chance. Both with a 95 %
+Gain: IQM above that of the arm in the column against. Probability of improvement: that a run scores
+higher on a task than one of that arm, averaged over tasks; 0.5 is chance. Both with a 95 %
 bootstrap interval that draws whole runs, since one network plays all tasks; the stratified interval
 above draws each task's seeds apart, as the paper's does, and is narrower where the tasks of a run
 go together. From few runs, bootstrap intervals are somewhat too narrow.
@@ -86,7 +86,7 @@ weight is left out of dormancy, a masked weight of the Fisher trace.
 
 {details}
 
-Plasticity above that of the first arm, difference of means over the seeds with Welch's 95 %
+Plasticity above that of the other arm, difference of means over the seeds with Welch's 95 %
 interval:
 
 {plasticity}
@@ -130,6 +130,7 @@ class Run:
     folder: Path
     problem: str = ""  # why it is left out
     arm: str = ""
+    against: str = ""  # the arm that it is compared with, if not the first of its architecture
     row: str = ""  # the arm of the paper that it is a run of
     architecture: str = ""
     benchmark: str = ""
@@ -228,7 +229,7 @@ def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
         if path.suffix == ".toml":
             for plan in read_study(path, args.runs_dir):
                 run = read_run(plan.folder)
-                run.arm = plan.arm
+                run.arm, run.against = plan.arm, plan.against
                 found.setdefault((plan.folder, plan.arm), run)
                 planned.add(plan.folder)
         else:
@@ -465,29 +466,40 @@ def results_table(runs: list[Run]) -> list[str]:
     return lines
 
 
+def pairs(runs: list[Run]) -> list[tuple[list[Run], list[Run]]]:
+    """The runs of every arm on every benchmark, and those of the arm that it is compared with."""
+    first, arms, compared = {}, group(runs, "benchmark", "arm"), []
+    for (benchmark, _), own in arms.items():
+        base = first.setdefault((benchmark, own[0].architecture), own)
+        if against := own[0].against:
+            base = arms.get((benchmark, against), [])
+        compared.append((own, base))
+    return compared
+
+
 def details_table(runs: list[Run]) -> list[str]:
     """Per arm and benchmark, as lines of markdown: what the IQM hides, and plasticity then."""
-    columns = "benchmark, arm, gain, probability of improvement, seeds to tell 0.1, late"
+    columns = "benchmark, arm, against, gain, probability of improvement, seeds to tell 0.1, late"
     columns += ", score of each seed, their mean, dormant, effective rank, Fisher trace"
     columns = columns.split(", ")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    first = {}  # (benchmark, architecture) -> scores of its first arm
-    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
+    for own, base in pairs(runs):
         names = ("actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank")
         names += ("critic_effective_rank", "fisher_trace")
         last = [[last_value(run.metrics[name], run.at) for run in own] for name in names]
         actor_dormant, critic_dormant, actor_rank, critic_rank, trace = np.mean(last, axis=1)
         scores = units(final_scores(own), own[0])
-        base = first.setdefault((benchmark, own[0].architecture), scores)
-        against = ["-"] * 3
-        if base is not scores and min(len(scores), len(base)) > 1:
-            for i, statistic in enumerate((difference_of_iqms, probability_of_improvement)):
-                values = statistic(scores, base), *interval(statistic, scores, base)
+        against = ["-"] * 4
+        if base is not own and min(len(own), len(base)) > 1:
+            theirs = units(final_scores(base), base[0])
+            against[0] = base[0].arm
+            for i, statistic in enumerate((difference_of_iqms, probability_of_improvement), 1):
+                values = statistic(scores, theirs), *interval(statistic, scores, theirs)
                 against[i] = "{:.2f} ({:.2f}, {:.2f})".format(*values)
-            against[2] = seeds_to_tell(scores, base)
+            against[3] = seeds_to_tell(scores, theirs)
         seeds = final_scores(own).mean(-1)
         late = iqm(units(final_scores(own, 5), own[0]))
-        cells = [benchmark, arm, *against, f"{late:.2f}"]
+        cells = [own[0].benchmark, own[0].arm, *against, f"{late:.2f}"]
         cells += [", ".join(f"{seed:.2f}" for seed in seeds), f"{seeds.mean():.2f}"]
         cells.append(f"{100 * actor_dormant:.1f} / {100 * critic_dormant:.1f} %")
         cells += [f"{actor_rank:.0f} / {critic_rank:.0f}", f"{trace:.4g}"]
@@ -496,22 +508,21 @@ def details_table(runs: list[Run]) -> list[str]:
 
 
 def plasticity_table(runs: list[Run]) -> list[str]:
-    """Per arm and benchmark, as lines of markdown: every metric less that of the first arm, means
-    over the seeds and Welch's 95 % interval."""
+    """Per arm and benchmark, as lines of markdown: every metric less that of the arm it is compared
+    with, means over the seeds and Welch's 95 % interval."""
     names = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
     names += ["critic_effective_rank", "fisher_trace"]
-    columns = ["benchmark", "arm", "dormant, actor", "dormant, critic", "effective rank, actor"]
-    columns += ["effective rank, critic", "Fisher trace"]
+    columns = ["benchmark", "arm", "against", "dormant, actor", "dormant, critic"]
+    columns += ["effective rank, actor", "effective rank, critic", "Fisher trace"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    first = {}  # (benchmark, architecture) -> values of its first arm, metric by metric
-    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
-        values = [[last_value(run.metrics[name], run.at) for run in own] for name in names]
-        base = first.setdefault((benchmark, own[0].architecture), values)
-        cells = [benchmark, arm]
-        for name, ours, theirs in zip(names, values, base, strict=True):
-            if base is values or min(len(ours), len(theirs)) == 1:
-                cells.append("-")
-                continue
+    for own, base in pairs(runs):
+        if base is own or min(len(own), len(base)) < 2:
+            continue
+        cells = [own[0].benchmark, own[0].arm, base[0].arm]
+        for name in names:
+            ours, theirs = (
+                [last_value(run.metrics[name], run.at) for run in arm] for arm in (own, base)
+            )
             shown = np.array([np.mean(ours) - np.mean(theirs)] * 3)
             if np.ptp(ours) or np.ptp(theirs):
                 shown[1:] = ttest_ind(ours, theirs, equal_var=False).confidence_interval()
@@ -520,7 +531,7 @@ def plasticity_table(runs: list[Run]) -> list[str]:
             else:
                 cells.append("{:.0f} ({:.0f}, {:.0f})".format(*shown))
         lines.append(f"| {' | '.join(cells)} |")
-    return lines if len(lines) > 2 + len(first) else ["One arm alone."]
+    return lines if len(lines) > 2 else ["No two arms of two seeds."]
 
 
 # Figures

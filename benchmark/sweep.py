@@ -65,6 +65,7 @@ class Run(NamedTuple):
     """One training run of a study."""
 
     arm: str
+    against: str  # the arm that it is compared with, "" for the first of its architecture
     benchmark: str
     seed: int
     script: Path
@@ -85,7 +86,8 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
     """Every run of a study file, seed by seed, each with its folder in runs_dir.
 
     A study is TOML: `benchmarks`, `seeds`, and for each arm an `[[arms]]` table of name, script,
-    flags and maybe `seeds`, if it has not all. Ends with exit code 2 if it is anything else.
+    flags and maybe `seeds`, if it has not all, and `against`, the arm that a report compares it
+    with. Ends with exit code 2 if it is anything else.
     """
     try:
         study = tomllib.loads(path.read_text())
@@ -109,9 +111,12 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
     check(isinstance(arms, list) and bool(arms), "must hold at least one [[arms]] table")
     slugs, words = {}, {}  # arm -> script and flags in its run folders' names; its flags
     for arm in arms:
-        form = isinstance(arm, dict) and arm.keys() - {"flags", "seeds"} == {"name", "script"}
+        form = isinstance(arm, dict)
+        form = form and arm.keys() - {"flags", "seeds", "against"} == {"name", "script"}
         form = form and isinstance(arm["name"], str) and isinstance(arm["script"], str)
-        check(form, f"an arm must have name, script and maybe flags and seeds, given {arm}")
+        check(
+            form, f"an arm must have name, script and maybe flags, seeds and against, given {arm}"
+        )
         name, script, flags = arm["name"], ROOT / arm["script"], arm.setdefault("flags", {})
         own = arm.setdefault("seeds", seeds)
         right = distinct(own, int) and {*own} <= {*seeds}
@@ -138,6 +143,10 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
         check(name not in slugs, f"two arms are called {name}")
         check(slug not in slugs.values(), f"{name}: another arm has the same script and flags")
         slugs[name], words[name] = slug, [f"--{word}" for word in given]
+    for arm in arms:
+        others = {"", *slugs} - {arm["name"]}
+        right = arm.setdefault("against", "") in others
+        check(right, f"{arm['name']}: against must be the name of another arm")
 
     runs = []
     for seed in seeds:
@@ -147,7 +156,8 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
                 flags = ["--benchmark", benchmark, "--seed", str(seed), "--run-dir", str(folder)]
                 flags += words[arm["name"]]
                 script = ROOT / arm["script"]
-                runs.append(Run(arm["name"], benchmark, seed, script, flags, folder))
+                named = arm["name"], arm["against"]
+                runs.append(Run(*named, benchmark, seed, script, flags, folder))
     return runs
 
 

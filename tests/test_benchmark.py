@@ -205,10 +205,12 @@ def test_report_of_two_arms(tmp_path, capsys):
     assert "| MTPPO dense | 2 | 400000 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
     # The first evaluation has half the scores of the second: their IQM is 0.525. The metrics are
     # 0.4 x (i + seed + sum of the scores) at the end, on average 0.4 x (i + 3.6)
-    row = r"GMP \| 0\.60 \(0\.45, 0\.75\) \| 1\.00 \(1\.00, 1\.00\) \| - "
+    row = r"GMP \| MTPPO dense \| 0\.60 \(0\.45, 0\.75\) \| 1\.00 \(1\.00, 1\.00\) \| - "
     row += r"\| 0\.5[23] \| 0\.55, 0\.85 \| 0\.70 \| 144\.0 / "
     assert re.search(row, text) and "| 144.0 / 184.0 % | 2 / 3 | 2.64 |" in text
-    assert re.search(r"MTPPO dense \| - \| - \| - \| 0\.0[78] \| 0\.10, 0\.10 \| 0\.10 \|", text)
+    assert re.search(
+        r"MTPPO dense \| - \| - \| - \| - \| 0\.0[78] \| 0\.10, 0\.10 \| 0\.10 \|", text
+    )
     # Another experiment than the paper's has no figure of the paper's next to it
     assert "| MTPPO GMP 0.9 | 2 | 400000 | 0.60 (0.60, 0.60) | - | - |" in text
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
@@ -228,6 +230,25 @@ def test_report_of_two_arms(tmp_path, capsys):
     )
     earlier = write_report(tmp_path / "earlier", tmp_path / "runs", timestep=200_000)
     assert "| MTPPO dense | 2 | 200000 | 0.05 (0.05, 0.05) | - | - |" in earlier
+
+
+def test_an_arm_is_compared_with_the_one_that_its_study_names(tmp_path):
+    arms = dict(dense="sparsity = 0", early="prune-start = 0.0", late="prune-start = 0.1")
+    arms = [(name, "mtppo_gmp.py", flags) for name, flags in arms.items()]
+    study = study_file(tmp_path / "study.toml", *arms, seeds="[1, 2]")
+    study.write_text(study.read_text() + 'against = "early"\n')
+    for plan in sweep.read_study(study, tmp_path / "runs"):
+        score = dict(dense=0.1, early=0.5, late=0.8)[plan.arm]
+        own = dict(dense=dict(sparsity=0), early=dict(prune_start=0.0), late=dict(prune_start=0.1))
+        write_log(plan.folder, scores=[score] * 3, seed=plan.seed, **own[plan.arm])
+    text = write_report(tmp_path / "out", study, runs_dir=tmp_path / "runs")
+    assert "| MT3 | early | dense | 0.40 (0.40, 0.40) |" in text
+    assert "| MT3 | late | early | 0.30 (0.30, 0.30) |" in text
+    # 400 / 1000 of the sum of three scores apart, of two seeds that are 0.4 apart: Welch's interval
+    # has 2 degrees of freedom, 4.30 standard errors of sqrt(0.08 / 2 + 0.08 / 2)
+    assert "| MT3 | late | early | 36.00 (-85.70, 157.70) % |" in text
+    without = write_report(tmp_path / "without", *(tmp_path / "runs").glob("*late*"))
+    assert "No two arms of two seeds." in without
 
 
 RESULTS = sorted(path.parent for path in (ROOT / "benchmark" / "results").glob("*/results.csv"))
@@ -260,8 +281,8 @@ def test_the_committed_reports_follow_from_their_results(folder):
         names = cells if line.startswith("| benchmark") else names
         if line.startswith("| MT"):
             rows.append(dict(zip(names, cells, strict=True)))
-    tables = 3 if "Plasticity above" in text and len(curves) > len(first) else 2
-    assert len(rows) == tables * len(curves)
+    compared = len(curves) - len(first) if "Plasticity above" in text else 0
+    assert len(rows) == 2 * len(curves) + compared
     for row in rows:
         runs = [list(tasks.values()) for tasks in curves[row["benchmark"], row["arm"]].values()]
         ends = [[task[-1][score] for task in run] for run in runs]
@@ -274,16 +295,12 @@ def test_the_committed_reports_follow_from_their_results(folder):
             assert f"| {' | '.join(row.values())} |" in shown
             continue
         if "late" not in row:
-            names = list(row)[2:]
-            of_first = next(a for a in curves if a[1].split()[0] == row["arm"].split()[0])
+            names = list(row)[3:]
             for name, metric, unit in zip(names, METRICS, UNITS, strict=True):
                 ours, base = (
                     np.array([unit * next(iter(run.values()))[-1][metric] for run in arm.values()])
-                    for arm in (curves[row["benchmark"], row["arm"]], curves[of_first])
+                    for arm in (curves[row["benchmark"], row[name]] for name in ("arm", "against"))
                 )
-                if row[name] == "-":
-                    assert (ours == base).all()
-                    continue
                 errors = [x.var(ddof=1) / len(x) for x in (ours, base)]  # Welch's t interval
                 parts = [e**2 / (len(x) - 1) for e, x in zip(errors, (ours, base), strict=True)]
                 freedom = sum(errors) ** 2 / sum(parts)
@@ -293,6 +310,9 @@ def test_the_committed_reports_follow_from_their_results(folder):
                 assert shown == pytest.approx(expected, abs=0.011 if unit == 100 else 0.51)
             continue
         base, ours = first[row["arm"].split()[0]], np.array(ends)
+        if row.get("against", "-") != "-":
+            arm = curves[row["benchmark"], row["against"]].values()
+            base = np.array([[task[-1][score] for task in run.values()] for run in arm])
         for name, statistic in (
             ("gain", report.difference_of_iqms),
             ("probability of improvement", report.probability_of_improvement),
@@ -663,8 +683,12 @@ BAD_STUDIES = {
     "seeds must be a list of integers, each once": [GMP, dict(seeds="[1, 1]")],
     "seeds must be a list of integers": [GMP, dict(seeds="3")],
     "must hold at least one [[arms]]": 'arms = []\nbenchmarks = ["MT3"]\nseeds = [1]',
-    "an arm must have name, script and maybe flags and seeds, given": (
+    "an arm must have name, script and maybe flags, seeds and against, given": (
         'benchmarks = ["MT3"]\nseeds = [1]\n[[arms]]\nname = "GMP"'
+    ),
+    "GMP: against must be the name of another arm": (
+        'benchmarks = ["MT3"]\nseeds = [1]\n[[arms]]\nname = "GMP"\nscript = "mtppo_gmp.py"\n'
+        'against = "GMP"'
     ),
     "is not a script": [("GMP", "mtppo.py", ""), {}],
     "GMP: mtppo_gmp.py has no --sparsty": [("GMP", "mtppo_gmp.py", "sparsty = 0"), {}],
