@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from scipy.stats import DegenerateDataWarning, bootstrap, rankdata, trim_mean, ttest_ind
+from scipy.stats import DegenerateDataWarning, bootstrap, norm, rankdata, t, trim_mean, ttest_1samp
 from sweep import fail, read_study
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -73,21 +73,22 @@ paper's do, a weak test with few seeds.
 
 ## Behind the IQM
 
-Gain: IQM above that of the arm in the column against. Probability of improvement: that a run scores
-higher on a task than one of that arm, averaged over tasks; 0.5 is chance. Both with a 95 %
-bootstrap interval that draws whole runs, since one network plays all tasks; the stratified interval
-above draws each task's seeds apart, as the paper's does, and is narrower where the tasks of a run
-go together. From few runs, bootstrap intervals are somewhat too narrow.
-Seeds to tell 0.1: how many an arm it takes to tell a gain of 0.1 from 0 in four of five studies,
-estimated by drawing from these runs. Late: the IQM of the last five evaluations averaged (or as
-many as there are). Score of each seed: the mean of its tasks. Plasticity: means over the seeds,
-actor / critic, at the last measurement (the figure: IQM); a neuron without an unmasked incoming
-weight is left out of dormancy, a masked weight of the Fisher trace.
+Gain: IQM above that of the arm in the column against; late gain: of the last five evaluations
+averaged (or as many as there are), and so is late. Probability of improvement: that a run scores
+higher on a task than one of that arm, averaged over tasks; 0.5 is chance. All of the seeds that
+both arms have, with a 95 % bootstrap interval that draws seeds, each with the runs of both arms,
+which share layouts and initial weights, and with all tasks, which one network plays. (The
+stratified interval above draws each task's seeds apart, as the paper's does, and is too narrow for
+few seeds; this one's percentiles are expanded for them, Hesterberg 2015.) Seeds to tell 0.1: how
+many tell a gain of 0.1 from 0 in four of five studies, a rough estimate by drawing from these.
+Score of each seed: the mean of its tasks. Plasticity: means over the seeds, actor / critic, at the
+last measurement (the figure: IQM); a neuron without an unmasked incoming weight is left out of
+dormancy, a masked weight of the Fisher trace.
 
 {details}
 
-Plasticity above that of the other arm, difference of means over the seeds with Welch's 95 %
-interval:
+Plasticity above that of the other arm, difference of means over the seeds that both have with
+Student's paired 95 % interval:
 
 {plasticity}
 
@@ -303,42 +304,47 @@ def probability_of_improvement(scores: np.ndarray, base: np.ndarray) -> np.ndarr
     return (signs.mean((-3, -2, -1)) + 1) / 2
 
 
-def resample(scores: np.ndarray, size: tuple[int, int], rng, stratified: bool) -> np.ndarray:
-    """Draws with replacement, size (resamples, seeds), of runs from scores (..., seed, task), or,
-    stratified, of each task's seeds apart: (..., resample, seed, task)."""
-    tasks = np.arange(scores.shape[-1])
-    seeds = rng.integers(scores.shape[-2], size=(*size, len(tasks) if stratified else 1))
-    return scores[..., seeds, tasks]
+def draw(size: tuple[int, int], arms: tuple[np.ndarray, ...], rng, stratified: bool = False):
+    """Draws with replacement, size (resamples, seeds), of the seeds of arms, each (..., seed, task)
+    of the same seeds, or, stratified, of each task's seeds apart: [(..., resample, seed, task)]."""
+    tasks = np.arange(arms[0].shape[-1])
+    seeds = rng.integers(arms[0].shape[-2], size=(*size, len(tasks) if stratified else 1))
+    return [arm[..., seeds, tasks] for arm in arms]
 
 
 def interval(
     statistic, *arms: np.ndarray, resamples: int = RESAMPLES, stratified: bool = False
 ) -> np.ndarray | None:
-    """95 % percentile bootstrap interval of a statistic of arms, each (..., seed, task): (2, ...),
-    or None with one seed.
+    """95 % bootstrap interval of a statistic of arms, each (..., seed, task) of the same seeds:
+    (2, ...), or None with one seed.
 
-    It draws whole runs, as one network plays all tasks; stratified, as in the paper, it draws each
-    task's seeds apart, and is too narrow where the tasks of a run go together.
+    It draws seeds, with all tasks, as one network plays them, and all arms, as they share layouts
+    and initial weights. Its percentiles are expanded for few seeds (Hesterberg 2015, The American
+    Statistician 69.4). Stratified, as in the paper, it draws each task's seeds apart, at the usual
+    percentiles, and is too narrow for few seeds and where the tasks of a run go together.
     """
-    if min(arm.shape[-2] for arm in arms) == 1:
+    seeds = arms[0].shape[-2]
+    if seeds == 1:
         return None
-    rng, batch, values = np.random.default_rng(0), 1000, []
-    for _ in range(resamples // batch):
-        draws = [resample(arm, (batch, arm.shape[-2]), rng, stratified) for arm in arms]
-        values.append(statistic(*draws))
-    return np.quantile(np.concatenate(values, axis=-1), (0.025, 0.975), axis=-1)
+    tail = 0.025
+    if not stratified:
+        tail = norm.cdf(math.sqrt(seeds / (seeds - 1)) * t.ppf(tail, seeds - 1))
+    rng, batch = np.random.default_rng(0), 1000
+    values = [
+        statistic(*draw((batch, seeds), arms, rng, stratified)) for _ in range(resamples // batch)
+    ]
+    return np.quantile(np.concatenate(values, axis=-1), (tail, 1 - tail), axis=-1)
 
 
 def seeds_to_tell(scores: np.ndarray, base: np.ndarray, gain: float = 0.1) -> str:
-    """How many seeds an arm tell a gain in IQM from 0 in 80 % of studies, as text: from draws of so
-    many runs of scores and base, both (seed, task), their difference shifted to the gain, against
-    1.96 of its standard deviations, which are corrected for the few runs that are drawn from."""
-    rng, few = np.random.default_rng(0), min(len(scores), len(base))
+    """How many seeds tell a gain in IQM from 0 in 80 % of studies, as text: from draws of so many
+    of the seeds of scores and base, both (seed, task), their difference shifted to the gain,
+    against 1.96 of its standard deviations, which are corrected for the few seeds drawn from."""
+    rng, few = np.random.default_rng(0), len(scores)
     if few < 3:
         return "-"
     for seeds in range(5, 205, 5):
-        draws = [resample(arm, (2000, seeds), rng, stratified=False) for arm in (scores, base)]
-        errors = difference_of_iqms(*draws)
+        errors = difference_of_iqms(*draw((2000, seeds), (scores, base), rng))
         errors = (errors - errors.mean()) * math.sqrt(few / (few - 1))
         if (errors + gain > 1.96 * errors.std()).mean() >= 0.8:
             return str(seeds)
@@ -466,40 +472,49 @@ def results_table(runs: list[Run]) -> list[str]:
     return lines
 
 
-def pairs(runs: list[Run]) -> list[tuple[list[Run], list[Run]]]:
-    """The runs of every arm on every benchmark, and those of the arm that it is compared with."""
-    first, arms, compared = {}, group(runs, "benchmark", "arm"), []
-    for (benchmark, _), own in arms.items():
+def matched(runs: list[Run]) -> dict[tuple[str, str], tuple[list[Run], list[Run]]]:
+    """(benchmark, arm) -> its runs and those of the arm that it is compared with, of the seeds that
+    both have, if there are two."""
+    first, arms, found = {}, group(runs, "benchmark", "arm"), {}
+    for (benchmark, arm), own in arms.items():
         base = first.setdefault((benchmark, own[0].architecture), own)
         if against := own[0].against:
-            base = arms.get((benchmark, against), [])
-        compared.append((own, base))
-    return compared
+            base = arms.get((benchmark, against), own)
+        seeds = {run.seed for run in own} & {run.seed for run in base}
+        if base is not own and len(seeds) > 1:
+            own, base = ([run for run in side if run.seed in seeds] for side in (own, base))
+            found[benchmark, arm] = own, base
+    return found
 
 
 def details_table(runs: list[Run]) -> list[str]:
     """Per arm and benchmark, as lines of markdown: what the IQM hides, and plasticity then."""
-    columns = "benchmark, arm, against, gain, probability of improvement, seeds to tell 0.1, late"
-    columns += ", score of each seed, their mean, dormant, effective rank, Fisher trace"
+    columns = "benchmark, arm, against, gain, late gain, probability of improvement"
+    columns += ", seeds to tell 0.1, late, score of each seed, their mean, dormant"
+    columns += ", effective rank, Fisher trace"
     columns = columns.split(", ")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for own, base in pairs(runs):
+    pairs = matched(runs)
+    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
         names = ("actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank")
         names += ("critic_effective_rank", "fisher_trace")
         last = [[last_value(run.metrics[name], run.at) for run in own] for name in names]
         actor_dormant, critic_dormant, actor_rank, critic_rank, trace = np.mean(last, axis=1)
-        scores = units(final_scores(own), own[0])
-        against = ["-"] * 4
-        if base is not own and min(len(own), len(base)) > 1:
-            theirs = units(final_scores(base), base[0])
-            against[0] = base[0].arm
-            for i, statistic in enumerate((difference_of_iqms, probability_of_improvement), 1):
-                values = statistic(scores, theirs), *interval(statistic, scores, theirs)
-                against[i] = "{:.2f} ({:.2f}, {:.2f})".format(*values)
-            against[3] = seeds_to_tell(scores, theirs)
+        against = ["-"] * 5
+        if pair := pairs.get((benchmark, arm)):
+            ends, tails = ([units(final_scores(side, n), own[0]) for side in pair] for n in (1, 5))
+            against = [pair[1][0].arm]
+            for statistic, sides in (
+                (difference_of_iqms, ends),
+                (difference_of_iqms, tails),
+                (probability_of_improvement, ends),
+            ):
+                values = statistic(*sides), *interval(statistic, *sides)
+                against.append("{:.2f} ({:.2f}, {:.2f})".format(*values))
+            against.append(seeds_to_tell(*ends))
         seeds = final_scores(own).mean(-1)
         late = iqm(units(final_scores(own, 5), own[0]))
-        cells = [own[0].benchmark, own[0].arm, *against, f"{late:.2f}"]
+        cells = [benchmark, arm, *against, f"{late:.2f}"]
         cells += [", ".join(f"{seed:.2f}" for seed in seeds), f"{seeds.mean():.2f}"]
         cells.append(f"{100 * actor_dormant:.1f} / {100 * critic_dormant:.1f} %")
         cells += [f"{actor_rank:.0f} / {critic_rank:.0f}", f"{trace:.4g}"]
@@ -509,23 +524,20 @@ def details_table(runs: list[Run]) -> list[str]:
 
 def plasticity_table(runs: list[Run]) -> list[str]:
     """Per arm and benchmark, as lines of markdown: every metric less that of the arm it is compared
-    with, means over the seeds and Welch's 95 % interval."""
+    with, means over the seeds that both have, and Student's paired 95 % interval."""
     names = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
     names += ["critic_effective_rank", "fisher_trace"]
     columns = ["benchmark", "arm", "against", "dormant, actor", "dormant, critic"]
     columns += ["effective rank, actor", "effective rank, critic", "Fisher trace"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for own, base in pairs(runs):
-        if base is own or min(len(own), len(base)) < 2:
-            continue
-        cells = [own[0].benchmark, own[0].arm, base[0].arm]
+    for (benchmark, arm), pair in matched(runs).items():
+        cells = [benchmark, arm, pair[1][0].arm]
         for name in names:
-            ours, theirs = (
-                [last_value(run.metrics[name], run.at) for run in arm] for arm in (own, base)
-            )
-            shown = np.array([np.mean(ours) - np.mean(theirs)] * 3)
-            if np.ptp(ours) or np.ptp(theirs):
-                shown[1:] = ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+            sides = [[last_value(run.metrics[name], run.at) for run in side] for side in pair]
+            differences = np.subtract(*sides)
+            shown = np.array([differences.mean()] * 3)
+            if np.ptp(differences):
+                shown[1:] = ttest_1samp(differences, 0).confidence_interval()
             if name.endswith("dormant_ratio"):
                 cells.append("{:.2f} ({:.2f}, {:.2f}) %".format(*(100 * shown)))
             else:
