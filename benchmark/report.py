@@ -73,17 +73,17 @@ paper's do, a weak test with few seeds.
 
 ## Behind the IQM
 
-Gain: IQM above that of the arm in the column against; late gain: of the last five evaluations
-averaged (or as many as there are), and so is late. Probability of improvement: that a run scores
-higher on a task than one of that arm, averaged over tasks; 0.5 is chance. All of the seeds that
-both arms have, with a 95 % bootstrap interval that draws seeds, each with the runs of both arms,
-which share layouts and initial weights, and with all tasks, which one network plays. (The
-stratified interval above draws each task's seeds apart, as the paper's does, and is too narrow for
-few seeds; this one's percentiles are expanded for them, Hesterberg 2015.) Seeds to tell 0.1: how
-many tell a gain of 0.1 from 0 in four of five studies, a rough estimate by drawing from these.
-Score of each seed: the mean of its tasks. Plasticity: means over the seeds, actor / critic, at the
-last measurement (the figure: IQM); a neuron without an unmasked incoming weight is left out of
-dormancy, a masked weight of the Fisher trace.
+Late: the IQM of the last five evaluations averaged (or as many as there are). Gain, late gain: the
+last evaluation's IQM and the late one above those of the arm in the column against. Probability of
+improvement: that a run scores higher on a task than one of that arm, averaged over tasks; 0.5 is
+chance. All of the seeds that both arms have, with a 95 % bootstrap interval that draws seeds, each
+with the runs of both arms, which share layouts and initial weights, and with all tasks, which one
+network plays. (The stratified interval above draws each task's seeds apart, as the paper's does,
+and is too narrow for few seeds; this one's percentiles are expanded for them, Hesterberg 2015.)
+Seeds to tell 0.1: how many tell a gain of 0.1 from 0 in four of five studies, a rough estimate by
+drawing from these. Score of each seed: the mean of its tasks. Plasticity: means over the seeds,
+actor / critic, at the last measurement (the figure: IQM); a neuron without an unmasked incoming
+weight is left out of dormancy, a masked weight of the Fisher trace.
 
 {details}
 

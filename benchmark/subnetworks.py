@@ -336,7 +336,8 @@ def plot(arms: list[list[Run]], path: Path) -> None:
     limit = max(limit, 0.05)  # lest noise looks like much
     for panel in axes.flat[len(panels) :]:
         panel.set_visible(False)
-    for panel, (runs, name), pairs in zip(axes.flat, panels, compared, strict=False):
+    cells = axes.flat[: len(panels)]
+    for panel, (runs, name), pairs in zip(cells, panels, compared, strict=True):
         tasks = runs[0].tasks
         differences = np.full((len(tasks) - 1, len(tasks) - 1), np.nan)
         for (i, j), own in pairs.items():  # the second task's row, the first one's column

@@ -120,8 +120,12 @@ def test_probability_of_improvement_by_hand():
     assert report.probability_of_improvement(base, ours) == pytest.approx(1 - expected)
     u = [scipy.stats.mannwhitneyu(ours[:, i], base[:, i]).statistic / 6 for i in range(2)]
     assert report.probability_of_improvement(ours, base) == pytest.approx(np.mean(u))
-    low, high = report.interval(report.probability_of_improvement, ours, base[:2])
-    assert 0 <= low < high <= 1
+    every = [
+        report.probability_of_improvement(ours[[a, b]], base[[a, b]])
+        for a, b in itertools.product(range(2), repeat=2)
+    ]
+    limits = report.interval(report.probability_of_improvement, ours, base[:2])
+    assert limits == pytest.approx([min(every), max(every)]) and min(every) < max(every)
 
 
 def test_seeds_to_tell_a_gain_of_normal_scores():
@@ -248,22 +252,28 @@ def test_report_of_two_arms(tmp_path, capsys):
 def test_an_arm_is_compared_with_the_one_that_its_study_names(tmp_path):
     arms = dict(dense="sparsity = 0", early="prune-start = 0.0", late="prune-start = 0.1")
     arms = [(name, "mtppo_gmp.py", flags) for name, flags in arms.items()]
-    study = study_file(tmp_path / "study.toml", *arms, seeds="[1, 2]")
+    study = study_file(tmp_path / "study.toml", *arms, seeds="[1, 2, 3]")
     study.write_text(study.read_text() + 'against = "early"\n')
     for plan in sweep.read_study(study, tmp_path / "runs"):
-        score = dict(dense=0.1, early=0.5, late=0.8)[plan.arm]
+        score = dict(dense=0.1, early=0.5, late=0.8)[plan.arm] + 0.05 * plan.seed
         own = dict(dense=dict(sparsity=0), early=dict(prune_start=0.0), late=dict(prune_start=0.1))
         write_log(plan.folder, scores=[score] * 3, seed=plan.seed, **own[plan.arm])
     text = write_report(tmp_path / "out", study, runs_dir=tmp_path / "runs")
     assert "| MT3 | early | dense | 0.40 (0.40, 0.40) | 0.30 (0.30, 0.30) |" in text
-    assert "| MT3 | late | early | 0.30 (0.30, 0.30) | 0.23" in text
-    # 400 / 1000 of the sum of three scores apart in both seeds
+    assert "| MT3 | late | early | 0.30 (0.30, 0.30) | 0.2" in text
+    # 400 / 1000 of the sum of three scores apart in every seed
     assert "| MT3 | late | early | 36.00 (36.00, 36.00) % |" in text
-    # Only seeds that both have are compared
-    [alone] = (tmp_path / "runs").glob("*=0.1__1")
-    shutil.rmtree(alone)
+    # Without early's first seed, late and dense are compared with it over the other two
+    first, *_ = sorted((tmp_path / "runs").glob("*=0.0__*"))
+    shutil.rmtree(first)
+    fewer = write_report(tmp_path / "fewer", study, runs_dir=tmp_path / "runs")
+    assert "| MT3 | early | dense | 0.40 (0.40, 0.40) |" in fewer
+    assert "| MT3 | late | early | 0.30 (0.30, 0.30) |" in fewer
+    assert "| MT3 | late | early | 36.00 (36.00, 36.00) % |" in fewer
+    second, _ = sorted((tmp_path / "runs").glob("*=0.0__*"))
+    shutil.rmtree(second)  # one seed in common is no comparison
     alone = write_report(tmp_path / "alone", study, runs_dir=tmp_path / "runs")
-    assert "| MT3 | late | - | - |" in alone and "| MT3 | early | dense | 0.40 (" in alone
+    assert "| MT3 | late | - | - |" in alone and "| MT3 | early | - | - |" in alone
     without = write_report(tmp_path / "without", *(tmp_path / "runs").glob("*=0.1__*"))
     assert "No two arms of two seeds." in without
 
