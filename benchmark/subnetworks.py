@@ -47,7 +47,8 @@ Overlap of two heads: of the features that either reads, the share that both rea
 features that a head reads, the share that no other head reads. In brackets: chance, if each head
 drew as many features at random. *: the mean over the seeds is outside the 95 % range of chance, as
 one in twenty is by chance. Heads that read nearly all features can hardly differ: there, look at
-the preference, Spearman's correlation of two heads' numbers of connections to each feature.
+the preference, Spearman's correlation of two heads' numbers of connections to each feature (nan:
+a head has none).
 """
 EXPERTS = """
 Experts: their shares in the absolute weights that the task encoder gives a task. Means over the
