@@ -97,7 +97,7 @@ class Args:
     run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
     checkpoint_frequency: int = 10_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with, with the run's own flags
-    num_threads: int = 0  # torch threads (0: torch's choice)
+    num_threads: int = 0  # torch threads (0: one on MiniGrid, torch's choice on Meta-World)
 
 
 # Networks
@@ -429,6 +429,7 @@ def update_critic(critic, optimizer, rollout, returns, args: Args, backward=None
 def train(args: Args) -> None:
     """Train, evaluate and measure one run."""
     args = read_args(args)
+    torch.set_num_threads(args.num_threads or 1)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     env_ids, num_tasks = task_ids(args), len(task_ids(args))
     tasks = [env_id.removeprefix("MiniGrid-").removesuffix("-v0") for env_id in env_ids]
@@ -843,8 +844,6 @@ def read_args(args: Args) -> Args:
         own = replace(own, device=device, num_threads=num_threads)
         args = replace(own, run_dir=args.resume, resume=args.resume)
     check_args(args)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
     return args
 
 

@@ -109,7 +109,7 @@ class Args:
     run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
     checkpoint_frequency: int = 200_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with, with the run's own flags
-    num_threads: int = 0  # torch threads (0: torch's choice)
+    num_threads: int = 0  # torch threads (0: one on MiniGrid, torch's choice on Meta-World)
 
 
 # Networks
@@ -460,6 +460,7 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
 def train(args: Args) -> None:
     """Train, evaluate and measure one run."""
     args = read_args(args)
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = [name.removesuffix("-v3") for name in task_ids(args)]
     num_tasks, envs, eval_envs = len(tasks), make_vector_env(args), make_vector_env(args)
@@ -530,9 +531,7 @@ def train(args: Args) -> None:
                 with run.timed("metrics"):
                     seed_all(args.seed, METRICS, run.timestep)
                     scalars |= measure_networks(networks, buffer.sample(metrics_size), args)
-            if run.is_due(
-                args.eval_frequency
-            ):  # the critics are judged by the evaluation's episodes
+            if run.is_due(args.eval_frequency):  # its episodes judge the critics too
                 with run.timed("eval"):
                     [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
                     eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
@@ -1008,8 +1007,6 @@ def read_args(args: Args) -> Args:
         own = replace(own, device=device, num_threads=num_threads)
         args = replace(own, run_dir=args.resume, resume=args.resume)
     check_args(args)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
     return args
 
 

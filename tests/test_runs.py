@@ -765,10 +765,11 @@ def test_other_scripts_refuse_what_leaves_or_takes_too_much(capsys, monkeypatch,
 
 
 def test_resuming_elsewhere(tmp_path, capsys):
-    """With another device or number of threads; by default with the run's own number."""
+    """With another device or number of threads; by default the run's own, at first 1."""
     run_dir = tmp_path / "with a space"
-    run(mtppo_gmp, run_dir, total_timesteps=100, checkpoint_frequency=50)
-    assert checkpoint(run_dir)["num_threads"] == 1
+    torch.set_num_threads(2)
+    run(mtppo_gmp, run_dir, total_timesteps=100, checkpoint_frequency=50, num_threads=0)
+    assert checkpoint(run_dir)["num_threads"] == torch.get_num_threads() == 1
     torch.set_num_threads(2)
     mtppo_gmp.train(mtppo_gmp.Args(resume=str(run_dir)))
     assert torch.get_num_threads() == 1
