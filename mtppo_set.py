@@ -1,43 +1,38 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "minigrid==3.2.0", "numpy==2.4.6",
-#                 "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.67"]
+#                 "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.67", "filelock>=3.20"]
 # ///
 """Multi-task PPO with sparse evolutionary training (SET) on MiniGrid.
 
 The networks and the training of mtppo_gmp.py. What differs: the heads' linear layers are sparse
-from the first step to the last, and rewired between the iterations (arXiv 2508.06871, section 4,
-MTPPO; Mocanu et al. 2018); there is no ReDo, Reset or PCGrad.
+from the first step to the last, and SET replaces some of their weights between the iterations
+(arXiv 2508.06871, section 4, MTPPO; Mocanu et al. 2018); there is no ReDo, Reset or PCGrad.
 
     python mtppo_set.py --benchmark MT5 --seed 1
 """
 
-import copy
-import io
-import itertools
+import argparse
 import math
 import os
-import platform
-import shutil
-import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from shlex import quote
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import minigrid  # noqa: F401 (registers the tasks)
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from gymnasium.wrappers import RecordEpisodeStatistics
+from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -54,7 +49,7 @@ class Args:
 
     # Tasks
     benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # set of tasks to train on
-    env_ids: tuple[str, ...] = ()  # MiniGrid ids instead of a benchmark (one: single-task PPO)
+    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead of a benchmark (one: single-task PPO)
     seed: int = 1  # seed of the networks, the environments and every draw
     total_timesteps: int = 400_000  # environment steps per task
 
@@ -73,13 +68,13 @@ class Args:
 
     # Sparse evolutionary training
     sparsity: float = 0.95  # share of pruned weights (0: the dense baseline)
-    set_zeta: float = 0.3  # share of a layer's active weights replaced at each evolution
-    set_frequency: int = 2000  # timesteps between two evolutions
+    set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
+    set_frequency: int = 2000  # timesteps between two SET updates
     set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
     set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
-    # Comparison arms
+    # Methods to compare with
     weight_decay: float = 0.0  # L2 coefficient of Adam
     layer_norm: bool = False  # normalise each hidden layer before its nonlinearity, no gain or bias
 
@@ -96,8 +91,26 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
     run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
     checkpoint_frequency: int = 10_000  # timesteps between two checkpoints
-    resume: str | None = None  # run folder to go on with, with the run's own flags
-    num_threads: int = 0  # torch threads (0: one on MiniGrid, torch's choice on Meta-World)
+    resume: str | None = None  # run folder to go on with; its flags are the defaults
+    num_threads: int = 1  # torch threads
+
+    def __post_init__(self):
+        require(self, "actor_lr critic_lr clip_coef", lambda x: 0 < x < math.inf, "positive")
+        require(self, "ent_coef weight_decay", lambda x: x >= 0, "at least 0")
+        require(self, "gamma gae_lambda", lambda x: 0 <= x <= 1, "in [0, 1]")
+        a_rollout = f"at least --num-steps {self.num_steps}"
+        require(self, "total_timesteps", lambda x: x >= self.num_steps, a_rollout)
+        require(self, "set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
+        require(self, "set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
+        is_dense = self.sparsity == 0
+        require(self, "set_frequency", lambda x: is_dense or x >= self.num_steps, a_rollout)
+        num_tasks = len(task_ids(self))
+        require(self, "plasticity_buffer_size", lambda x: x >= num_tasks, "at least 1 per task")
+        counts = "num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size"
+        require(self, f"{counts}", lambda x: x >= 1, "at least 1")
+        require(self, "env_ids", lambda x: len({*x}) == len(x), "different tasks")
+        check_tasks(self.env_ids)
+        check_run(self)
 
 
 # Networks
@@ -233,12 +246,12 @@ def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     network.densities = densities
     for name, density in densities.items():
         layer = network.get_submodule(name)
-        scores = torch.rand_like(layer.weight).view(network.layers[name], -1)
+        scores = torch.rand_like(layer.weight).reshape(network.layers[name], -1)
         keep = round(density * scores.shape[1])
         if keep == 0:
             raise ValueError(f"leaves none of the {scores.shape[1]} weights of a {name}")
         network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
-        layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last evolution
+        layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last update
     apply_masks(network)
 
 
@@ -250,9 +263,9 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     regrow "random" draws the places (Mocanu et al. 2018, algorithm 1); "gradient" takes those where
     the last minibatch's gradient is largest (RigL, Evci et al. 2020), and raises ValueError if
     there is none. Grown weights start at zero, or with grow "init" uniform in [-layer.bound,
-    layer.bound]; what the optimiser remembers of them is cleared. Returns the share of what the
-    last evolution grew that this one keeps (NaN at first). Needs what draw_masks made, and that
-    apply_masks follows every optimiser step.
+    layer.bound], their optimiser state is cleared. Returns the share of what the last update grew
+    that this one keeps (NaN at first). Needs what draw_masks made, and that apply_masks follows
+    every optimiser step.
     """
     layers = {name: network.get_submodule(name) for name in network.densities}
     if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
@@ -261,12 +274,12 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         raise ValueError("no gradient to grow by: evolve must follow an update")
     grown_before, kept_of_it = [], []
     for name, layer in layers.items():
-        magnitudes = layer.weight.abs().view(network.layers[name], -1)  # (layer, its weights)
-        active = network.masks[name].view_as(magnitudes) > 0
+        magnitudes = layer.weight.abs().reshape(network.layers[name], -1)  # (layer, its weights)
+        active = network.masks[name].reshape(magnitudes.shape) > 0
         count = round(network.densities[name] * magnitudes.shape[1])
         moved = min(round(zeta * count), magnitudes.shape[1] - count)
         scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
-        scores = scores.view_as(magnitudes).masked_fill(active, -1.0)
+        scores = scores.reshape(magnitudes.shape).masked_fill(active, -1.0)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
         kept, grown = kept.view_as(layer.weight), keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
@@ -282,7 +295,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
 
 
 def evolve_all(networks: dict, optimizers: dict, args: Args) -> dict[str, float]:
-    """Evolve each network; the share that it keeps of what its last evolution grew, to log."""
+    """SET's update of each network; the share that it keeps of what its last one grew, to log."""
     scalars = {}
     for name, network in networks.items():
         kept = evolve(network, optimizers[name], args.set_zeta, args.set_regrow, args.set_grow)
@@ -290,62 +303,102 @@ def evolve_all(networks: dict, optimizers: dict, args: Args) -> dict[str, float]
     return scalars
 
 
-# PPO
+# Acting
+
+
+class PolicyTable:
+    """The policy's log-probs on the host, computed once for each distinct view of each task."""
+
+    def __init__(self, actor: nn.Module, num_tasks: int, device: str):
+        self.actor, self.device = actor, device
+        self.numbers = [{} for _ in range(num_tasks)]  # of each task: bytes of a view -> its number
+        self.views = [[] for _ in range(num_tasks)]  # of each task, by number: arrays (h, w, c)
+        self.log_probs = [[] for _ in range(num_tasks)]  # of the first of them: arrays (action,)
+
+    def number(self, task: int, view: np.ndarray) -> int:
+        """The number of a view among its task's, in the order in which they came."""
+        number = self.numbers[task].setdefault(view.tobytes(), len(self.views[task]))
+        if number == len(self.views[task]):
+            self.views[task].append(view)
+        return number
+
+    @torch.no_grad()
+    def look_up(self, tasks: list[int], numbers: list[int]) -> np.ndarray:
+        """Log-probs (sample, action) of views of these tasks; the actor is run on all new ones."""
+        if any(n >= len(self.log_probs[i]) for i, n in zip(tasks, numbers, strict=True)):
+            pairs = zip(self.views, self.log_probs, strict=True)
+            views, counts = to_batch([own[len(known) :] for own, known in pairs], self.device)
+            new = F.log_softmax(self.actor(views, counts), dim=-1)
+            new = new.cpu().split(counts)  # all that leaves the device
+            for known, rows in zip(self.log_probs, new, strict=True):
+                known.extend(rows.numpy())
+        return np.stack([self.log_probs[i][n] for i, n in zip(tasks, numbers, strict=True)])
+
+    def forget(self) -> None:
+        """To be called when the actor has changed."""
+        self.log_probs = [[] for _ in self.views]
+
+
+def to_device(array: np.ndarray, device: str) -> Tensor:
+    """The array on the device, without waiting for it; on the CPU in the same memory."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def to_batch(views: list[list[np.ndarray]], device: str) -> tuple[Tensor, list[int]]:
+    """Each task's views (h, w, c) as one batch (N, h, w, c), task by task; how many of each."""
+    batch = np.stack([view for own in views for view in own])
+    return to_device(batch, device), [len(own) for own in views]
 
 
 class Rollout(NamedTuple):
-    """The transitions of one iteration, on --device but for counts and index."""
+    """The transitions of one iteration."""
 
-    views: Tensor  # uint8 (N, h, w, c), each distinct view of the first task, the second, ...
-    counts: list[int]  # how many are each task's, on the host
-    index: np.ndarray  # int64 (task, num_steps), which view each step began with, on the host
-    view: Tensor  # the same, as are the shapes below
-    next_view: Tensor  # which view it led to, also where the episode ended there
-    action: Tensor  # int64
+    views: Tensor  # (N, h, w, c), each distinct view of the first task, the second, ...
+    counts: list[int]  # how many are each task's
+    view: np.ndarray  # int64 (task, num_steps) on the host, which view each step began with
+    next_view: np.ndarray  # the same, which view it led to, also where the episode ended there
+    action: Tensor  # int64 (task, num_steps) on the device, as are those below
     log_prob: Tensor  # of the behaviour policy, when it acted
     reward: Tensor
     terminated: Tensor  # bool
     done: Tensor  # bool, terminated or truncated
 
 
-# What collect notes of a step, in this order
-TRANSITION = [("view", "i8"), ("next_view", "i8"), ("action", "i8"), ("log_prob", "f4")]
-TRANSITION += [("reward", "f4"), ("terminated", "?"), ("done", "?")]
-
-
-def collect(envs: list[gym.Env], actor, seeds: list[int], num_steps: int, run, renew=None):
-    """Fresh episodes in envs, one per task, seeded with seeds, for num_steps steps of each: the
-    rollout, and (return, length) of each task's episodes that ended. renew(timestep), after each
-    step but the last, says whether it changed the actor."""
-    policy = PolicyTable(actor, len(envs), run.device)
-    noise = np.random.gumbel(size=(num_steps, len(envs), envs[0].action_space.n))
-    steps, episodes = [[] for _ in envs], [[] for _ in envs]  # of each task
-    first = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    now = [policy.number(i, obs) for i, obs in enumerate(first)]
+def collect(envs: list, actor, seeds: list[int], num_steps: int, device, timestep=0, renew=None):
+    """Play num_steps steps in each of envs, one per task, from a reset with its seed on. Returns
+    the rollout, and (return, length) of each task's episodes that ended. renew(timestep) follows
+    each step but the last, and is True if it changed the actor; timestep: that of the reset."""
+    num_tasks, shape = len(envs), (len(envs), num_steps)
+    policy = PolicyTable(actor, num_tasks, device)
+    noise = np.random.gumbel(size=(num_steps, num_tasks, envs[0].action_space.n))
+    view, next_view, action = np.zeros((3, *shape), np.int64)
+    log_prob, reward = np.zeros((2, *shape), np.float32)
+    terminated, done = np.zeros((2, *shape), bool)
+    episodes = [[] for _ in envs]
+    tasks = range(num_tasks)
+    now = [policy.number(i, envs[i].reset(seed=seeds[i])[0]) for i in tasks]
     for step in range(num_steps):
-        with run.timed("inference"):
-            log_probs = policy.look_up(now)  # (task, action)
-            # Gumbel-max: the argmax of log p + Gumbel noise is a draw from p
-            actions = (log_probs + noise[step]).argmax(1).tolist()
-        with run.timed("env"):
-            for i, (env, action) in enumerate(zip(envs, actions, strict=True)):
-                obs, reward, terminated, truncated, info = env.step(action)
-                view, now[i], done = now[i], policy.number(i, obs), terminated or truncated
-                log_prob = log_probs[i, action]
-                steps[i].append((view, now[i], action, log_prob, reward, terminated, done))
-                if done:
-                    episodes[i].append((info["episode"]["r"], info["episode"]["l"]))
-                    now[i] = policy.number(i, env.reset()[0])
-        with run.timed("sparsify"):
-            if renew and step + 1 < num_steps and renew(run.timestep + step + 1):
-                policy.log_probs = None  # the actor has changed
-    steps = np.array(steps, dtype=TRANSITION)  # (task, num_steps)
-    order, views, counts = policy.by_task(0)
-    rank = order.argsort()  # of each number among views
-    for field in ("view", "next_view"):
-        steps[field] = rank[steps[field]]
-    fields = {field: to_device(steps[field].copy(), run.device) for field in steps.dtype.names}
-    return Rollout(views, counts, index=steps["view"], **fields), episodes
+        # Gumbel-max: the argmax of log p + Gumbel noise is a draw from p
+        log_probs = policy.look_up(tasks, now)  # (task, action)
+        actions = (log_probs + noise[step]).argmax(1)
+        view[:, step], action[:, step], log_prob[:, step] = now, actions, log_probs[tasks, actions]
+        for i, chosen in enumerate(actions.tolist()):
+            obs, reward[i, step], terminated[i, step], truncated, info = envs[i].step(chosen)
+            next_view[i, step] = now[i] = policy.number(i, obs)
+            done[i, step] = terminated[i, step] or truncated
+            if done[i, step]:
+                episodes[i].append((info["episode"]["r"], info["episode"]["l"]))
+                now[i] = policy.number(i, envs[i].reset()[0])
+        if renew is not None and step + 1 < num_steps:
+            if renew(timestep + step + 1):
+                policy.forget()
+    views, counts = to_batch(policy.views, device)
+    first = np.cumsum([0, *counts[:-1]])[:, None]  # place of each task's first view
+    on_device = [to_device(x, device) for x in (action, log_prob, reward, terminated, done)]
+    return Rollout(views, counts, view + first, next_view + first, *on_device), episodes
+
+
+# PPO
 
 
 def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda: float) -> Tensor:
@@ -365,13 +418,32 @@ def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda:
 def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
     """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
     table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), the value of each view
-    values, next_values = table[rollout.view], table[rollout.next_view]
+    values, next_values = (
+        table[to_device(view, table.device)] for view in (rollout.view, rollout.next_view)
+    )
     advantages = gae(rollout, values, next_values, args.gamma, args.gae_lambda)
     returns = advantages + values
     explained_variance = 1 - advantages.var() / returns.var()
     advantages = advantages - advantages.mean(1, keepdim=True)
     advantages /= advantages.std(1, correction=0, keepdim=True) + 1e-8
     return advantages, returns, explained_variance
+
+
+def minibatches(rollout: Rollout, size: int):
+    """Cut each task's steps, in an order of its own, into minibatches of at most size: the steps
+    (task, batch), the distinct views they began with (n, h, w, c), how many of these are each
+    task's, and which of them each step began with, (task, batch). All is worked out on the host,
+    so that nothing waits for the device."""
+    device, num_tasks = rollout.views.device, len(rollout.counts)
+    task_of_view = np.repeat(np.arange(num_tasks), rollout.counts)
+    order = np.random.random(rollout.view.shape).argsort(1)
+    for start in range(0, order.shape[1], size):
+        steps = order[:, start : start + size]
+        view = np.take_along_axis(rollout.view, steps, 1)
+        distinct, place = np.unique(view, return_inverse=True)  # in order, so task by task
+        counts = np.bincount(task_of_view[distinct], minlength=num_tasks).tolist()
+        steps, distinct, place = (to_device(x, device) for x in (steps, distinct, place))
+        yield steps, rollout.views[distinct], counts, place.view_as(steps)
 
 
 def actor_losses(logits, actions, old_log_probs, advantages, clip_coef: float, ent_coef: float):
@@ -426,14 +498,13 @@ def update_critic(critic, optimizer, rollout, returns, args: Args, backward=None
     return {"value_loss": torch.stack(logged).mean()}
 
 
-def train(args: Args) -> None:
-    """Train, evaluate and measure one run."""
-    args = read_args(args)
-    torch.set_num_threads(args.num_threads or 1)
+def train(args: Args) -> Path:
+    """Train, evaluate and measure one run. Returns the folder of its log and checkpoint."""
+    torch.set_num_threads(args.num_threads)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     env_ids, num_tasks = task_ids(args), len(task_ids(args))
     tasks = [env_id.removeprefix("MiniGrid-").removesuffix("-v0") for env_id in env_ids]
-    envs = make_envs(env_ids)
+    envs = [make_env(env_id) for env_id in env_ids]
     eval_envs = [[make_env(env_id) for _ in range(args.eval_episodes)] for env_id in env_ids]
 
     seed_all(args.seed, NETWORKS, 0)
@@ -444,57 +515,52 @@ def train(args: Args) -> None:
         "actor": adam(actor.parameters(), args.actor_lr),
         "critic": adam(critic.parameters(), args.critic_lr),
     }
-    obs_shape = envs[0].observation_space.shape
+    space = envs[0].observation_space
     buffer = plasticity.ObservationBuffer(
-        args.plasticity_buffer_size, num_tasks, obs_shape, torch.uint8, device
+        args.plasticity_buffer_size, num_tasks, space.shape, torch.uint8, device
     )
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
     name = "custom" if args.env_ids else args.benchmark
-    run = Run(args, name, device, args.num_steps, networks, optimizers, buffer=buffer)
+    parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
+    run = Run(args, name, device, args.num_steps, parts | {"buffer": buffer})
 
-    with run:
-        while run.goes_on():
-            # Collect
-            env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
-            rollout, episodes = collect(envs, actor, env_seeds, args.num_steps, run)
-            buffer.add(rollout.views[rollout.view])
-            run.timestep += args.num_steps
+    while run.timestep < run.last_timestep:
+        # Collect
+        env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
+        rollout, episodes = collect(envs, actor, env_seeds, args.num_steps, device)
+        buffer.add(rollout.views[to_device(rollout.view, device)])
+        run.timestep += args.num_steps
 
-            # Update
-            with run.timed("update"):
-                advantages, returns, explained_variance = estimate_advantages(critic, rollout, args)
-                losses = update_critic(critic, optimizers["critic"], rollout, returns, args)
-                losses |= update_actor(actor, optimizers["actor"], rollout, advantages, args)
-                losses["explained_variance"] = explained_variance
-                scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-                run.check_finite(scalars)
+        # Update
+        advantages, returns, explained_variance = estimate_advantages(critic, rollout, args)
+        losses = update_critic(critic, optimizers["critic"], rollout, returns, args)
+        losses |= update_actor(actor, optimizers["actor"], rollout, advantages, args)
+        losses["explained_variance"] = explained_variance
+        scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
+        check_finite(networks, run.timestep)
 
-            # Measure and evaluate
-            scalars |= plasticity.measure_sparsity(networks)
-            scalars |= tags("charts", summarize(tasks, episodes))
-            if run.is_due(args.plasticity_frequency):
-                with run.timed("metrics"):
-                    seed_all(args.seed, METRICS, run.timestep)
-                    scalars |= measure_plasticity(networks, buffer.sample(metrics_size), args)
-            if run.is_due(args.eval_frequency):
-                with run.timed("eval"):
-                    num_episodes = num_tasks * args.eval_episodes
-                    env_seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
-                    run.evaluation = summarize(tasks, evaluate(actor, eval_envs, env_seeds, device))
-                scalars |= tags("eval", run.evaluation)
-                scores = run.evaluation["normalized_return"]
-                scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
+        # Measure and evaluate
+        scalars |= plasticity.measure_sparsity(networks)
+        scalars |= tags("charts", summarize(tasks, episodes))
+        if run.is_due(args.plasticity_frequency):
+            seed_all(args.seed, METRICS, run.timestep)
+            scalars |= measure_plasticity(networks, buffer.sample(metrics_size), args)
+        if run.is_due(args.eval_frequency):
+            env_seeds = seed_all(
+                args.seed, EVALUATION, run.timestep, num_tasks * args.eval_episodes
+            )
+            run.evaluation = summarize(tasks, evaluate(actor, eval_envs, env_seeds, device))
+            scalars |= tags("eval", run.evaluation)
+            scores = run.evaluation["normalized_return"]
+            scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
 
-            # Intervene: after the evaluation of what was trained, before the next acting
-            if run.reached(args.set_frequency) and run.timestep < run.last_timestep:
-                with run.timed("sparsify"):
-                    seed_all(args.seed, INTERVENTIONS, run.timestep)
-                    scalars |= evolve_all(networks, optimizers, args)
+        # SET's update: after the evaluation of what was trained, before the next acting
+        if run.reached(args.set_frequency) and run.timestep < run.last_timestep:
+            seed_all(args.seed, INTERVENTIONS, run.timestep)
+            scalars |= evolve_all(networks, optimizers, args)
 
-            # Log and save
-            run.end_iteration(scalars, num_tasks, "normalized_return", "normalized_return")
-    if run.timestep == run.last_timestep:
-        print_summary(tasks, run.evaluation, run.seconds)
+        run.end_iteration(scalars)
+    return run.finish()
 
 
 # ======== Support: what surrounds the algorithm ========
@@ -502,55 +568,57 @@ def train(args: Args) -> None:
 
 # Tasks and environments
 
-BENCHMARKS = {"MT3": ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")}
-BENCHMARKS["MT5"] = BENCHMARKS["MT3"] + ("DoorKey-6x6", "DistShift1")
-BENCHMARKS["MT7"] = BENCHMARKS["MT5"] + ("SimpleCrossingS9N2", "MultiRoom-N2-S4")
-
-# Return of the shortest path, 1 - 0.9 * optimal steps / max steps
+# Return of the shortest path, 1 - 0.9 * optimal steps / max steps, of each task of MT7
 BEST_RETURN = {
+    "LavaGapS7": 1 - 0.9 * 8 / 196,
+    "RedBlueDoors-6x6": 1 - 0.9 * 8 / 720,
+    "MemoryS11": 1 - 0.9 * 15 / 605,
     "DoorKey-6x6": 1 - 0.9 * 11 / 360,
     "DistShift1": 1 - 0.9 * 11 / 252,
-    "RedBlueDoors-6x6": 1 - 0.9 * 8 / 720,
-    "LavaGapS7": 1 - 0.9 * 8 / 196,
-    "MemoryS11": 1 - 0.9 * 15 / 605,
     "SimpleCrossingS9N2": 1 - 0.9 * 15 / 324,
     "MultiRoom-N2-S4": 1 - 0.9 * 5 / 40,
 }
+NUM_TASKS = {"MT3": 3, "MT5": 5, "MT7": 7}  # the first of them
 
 
 def task_ids(args: Args) -> list[str]:
     """Gymnasium ids of the run's tasks."""
-    return list(args.env_ids) or [f"MiniGrid-{name}-v0" for name in BENCHMARKS[args.benchmark]]
+    tasks = list(BEST_RETURN)[: NUM_TASKS[args.benchmark]]
+    return list(args.env_ids) or [f"MiniGrid-{task}-v0" for task in tasks]
+
+
+VIEWS = {}  # (task, state of its grid) -> view
+
+
+def remember_views(env: gym.Env) -> None:
+    """Make a MiniGrid environment draw the view of each state of its grid once: that takes most of
+    a step, and states come again and again. All environments of a task share what they remember."""
+    game = env.unwrapped
+    for method in ("gen_obs", "gen_obs_grid"):
+        if getattr(type(game), method, None) is not getattr(MiniGridEnv, method):
+            return  # it has views of its own
+    draw = game.gen_obs
+
+    def gen_obs():
+        cells = [(0,) if cell is None else cell.encode() for cell in game.grid.grid]
+        place = (game.grid.width, *game.agent_pos, game.agent_dir)
+        carried = game.carrying and game.carrying.encode()
+        state = (env.spec.id, place, carried, bytes(chain.from_iterable(cells)))
+        if state not in VIEWS:
+            if len(VIEWS) >= 50_000:  # about 50 MB
+                VIEWS.clear()
+            VIEWS[state] = draw()["image"]
+        view = VIEWS[state].copy()
+        return {"image": view, "direction": game.agent_dir, "mission": game.mission}
+
+    game.gen_obs = gen_obs
 
 
 def make_env(env_id: str) -> gym.Env:
-    """A MiniGrid task seen as its partial (h, w, 3) view of integer codes."""
-    return RecordEpisodeStatistics(ImgObsWrapper(gym.make(env_id, disable_env_checker=True)))
-
-
-def make_envs(env_ids: list[str]) -> list[gym.Env]:
-    """One environment per task, all with the same spaces."""
-    envs = []
-    for env_id in env_ids:
-        try:
-            make_env(env_id).reset(seed=0)  # some find here alone that they cannot
-            envs.append(make_env(env_id))
-        except Exception as error:  # an environment may raise anything
-            fail(f"--env-ids {env_id}: cannot be made ({type(error).__name__}: {error})")
-    for env_id, env in zip(env_ids, envs, strict=True):
-        for space in ("observation_space", "action_space"):
-            given, first = getattr(env, space), getattr(envs[0], space)
-            if given != first:
-                fail(f"--env-ids {env_id}: {space} {given} must equal {env_ids[0]}'s {first}")
-    return envs
-
-
-def sparsify_or_fail(args: Args, sparsify, *inputs) -> None:
-    """Call a sparsifier, and end the run before it begins where it cannot do the sparsity."""
-    try:
-        sparsify(*inputs)
-    except ValueError as error:
-        fail(f"--sparsity {args.sparsity}: {error}")
+    """A task seen as its partial (h, w, c) view of integer codes."""
+    env = gym.make(env_id, disable_env_checker=True)
+    remember_views(env)
+    return RecordEpisodeStatistics(ImgObsWrapper(env))
 
 
 def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
@@ -562,8 +630,7 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     networks = {name: MultiHeadNetwork(shape, len(env_ids), n, args) for name, n in outputs.items()}
     for network in networks.values():
         network.to(device)
-        densities = set_densities(network, args.sparsity, args.set_epsilon)
-        sparsify_or_fail(args, draw_masks, network, densities)
+        draw_masks(network, set_densities(network, args.sparsity, args.set_epsilon))
     return networks
 
 
@@ -580,66 +647,6 @@ def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[
     return seeds[1:]
 
 
-def to_device(array: np.ndarray, device) -> Tensor:
-    """The array on the device, without waiting for it; on the CPU in the same memory."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-class PolicyTable:
-    """The policy's log-probs on the host, worked out once for each distinct view of each task."""
-
-    def __init__(self, actor: nn.Module, num_tasks: int, device):
-        self.actor, self.num_tasks, self.device = actor, num_tasks, device
-        self.numbers = {}  # (task, bytes of the view) -> number, in the order in which they came
-        self.tasks, self.views = [], []  # of each number
-        self.log_probs = None  # (number, action) of the first numbers; None: the actor has changed
-
-    def number(self, task: int, obs: np.ndarray) -> int:
-        """The number of a task's view."""
-        number = self.numbers.setdefault((task, obs.tobytes()), len(self.views))
-        if number == len(self.views):
-            self.tasks.append(task)
-            self.views.append(obs.copy())
-        return number
-
-    def by_task(self, start: int) -> tuple[np.ndarray, Tensor, list[int]]:
-        """The views from number start on: start + order are their numbers, task by task; the views
-        in this order, on the device (N, h, w, c); how many are each task's."""
-        tasks = np.array(self.tasks[start:])
-        order = tasks.argsort(kind="stable")
-        views = np.stack([self.views[start + i] for i in order])
-        counts = np.bincount(tasks, minlength=self.num_tasks).tolist()
-        return order, to_device(views, self.device), counts
-
-    @torch.no_grad()
-    def look_up(self, numbers: list[int]) -> np.ndarray:
-        """Log-probs (sample, action) of these views; the actor sees those that it has not seen."""
-        known = 0 if self.log_probs is None else len(self.log_probs)
-        if max(numbers) >= known:
-            order, obs, counts = self.by_task(known)
-            new = F.log_softmax(self.actor(obs, counts), dim=-1)
-            new = new.cpu().numpy()[order.argsort()]  # all that leaves the device
-            self.log_probs = np.concatenate([self.log_probs, new]) if known else new
-        return self.log_probs[numbers]
-
-
-def minibatches(rollout: Rollout, size: int):
-    """Cut each task's steps, in an order of its own, into minibatches of at most size: the steps
-    (task, batch), the distinct views they began with (n, h, w, c), how many of these are each
-    task's, and which of them each step began with, (task, batch). All is worked out on the host,
-    so that nothing waits for the device."""
-    device, num_tasks = rollout.views.device, len(rollout.counts)
-    task_of_view = np.repeat(np.arange(num_tasks), rollout.counts)
-    order = np.random.random(rollout.index.shape).argsort(1)
-    for start in range(0, order.shape[1], size):
-        steps = order[:, start : start + size]
-        index = np.take_along_axis(rollout.index, steps, 1)
-        distinct, place = np.unique(index, return_inverse=True)  # in order, so task by task
-        counts = np.bincount(task_of_view[distinct], minlength=num_tasks).tolist()
-        steps, distinct, place = (to_device(x, device) for x in (steps, distinct, place))
-        yield steps, rollout.views[distinct], counts, place.view_as(steps)
-
-
 # Evaluation and metrics
 
 
@@ -652,7 +659,7 @@ def evaluate(actor: nn.Module, envs: list[list[gym.Env]], seeds: list[int], devi
     for (i, j), seed in zip(np.ndindex(len(envs), len(envs[0])), seeds, strict=True):
         running[i, j] = policy.number(i, envs[i][j].reset(seed=seed)[0])
     while running:
-        log_probs = policy.look_up(list(running.values()))
+        log_probs = policy.look_up([i for i, _ in running], list(running.values()))
         actions = (log_probs + np.random.gumbel(size=log_probs.shape)).argmax(1).tolist()
         for (i, j), action in zip(list(running), actions, strict=True):
             obs, _, terminated, truncated, info = envs[i][j].step(action)
@@ -678,7 +685,7 @@ def tags(group: str, summary: dict[str, dict[str, float]]) -> dict[str, float]:
     return {f"{group}/{what}/{t}": x for what, xs in summary.items() for t, x in xs.items()}
 
 
-def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) -> dict:
+def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) -> dict[str, float]:
     """Dormant ratio and effective rank of actor and critic, Fisher trace of the actor, for obs
     (task, batch, h, w, c). A head's neurons see their own task's observations alone."""
     actor, metrics = networks["actor"], {}
@@ -688,16 +695,13 @@ def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) 
             hidden, features, _ = network.activations(obs, counts)
         alive = plasticity.alive_neurons(network)
         layers, alive = [*hidden[:-1], *hidden[-1]], [*alive[:-1], *alive[-1]]  # each head apart
-        metrics |= measured(
-            f"{name}_dormant_ratio", plasticity.dormant_ratio, layers, args.dormant_tau, alive
-        )
-        metrics |= measured(
-            f"{name}_effective_rank", plasticity.effective_rank, features, args.srank_delta
-        )
+        dormant = plasticity.dormant_ratio(layers, args.dormant_tau, alive)
+        metrics[f"plasticity/{name}_dormant_ratio"] = dormant
+        rank = plasticity.effective_rank(features, args.srank_delta)
+        metrics[f"plasticity/{name}_effective_rank"] = rank
     log_probs = partial(policy_log_probs, actor, obs, counts)
-    return metrics | measured(
-        "fisher_trace", plasticity.fisher_trace, actor, log_probs, actor.masks
-    )
+    metrics["plasticity/fisher_trace"] = plasticity.fisher_trace(actor, log_probs, actor.masks)
+    return metrics
 
 
 def policy_log_probs(actor: nn.Module, obs: Tensor, counts: list[int]) -> Tensor:
@@ -705,121 +709,63 @@ def policy_log_probs(actor: nn.Module, obs: Tensor, counts: list[int]) -> Tensor
     return F.log_softmax(actor(obs, counts), dim=-1)
 
 
-def measured(name: str, measure, *args) -> dict[str, float]:
-    """A metric under its tag, or a line that says why it cannot be measured."""
-    try:
-        return {f"plasticity/{name}": measure(*args)}
-    except ValueError as error:
-        tqdm.write(f"{name}: not measured ({error})", file=sys.stderr or sys.stdout)
-        return {}
-
-
-def print_summary(tasks: list[str], evaluation: dict, seconds: dict[str, float]) -> None:
-    """Print the final evaluation per task, and where the time went."""
-    rows = [[by_task[task] for by_task in evaluation.values()] for task in tasks]
-    print(f"\n{'task':<20}{'normalized return':>18}{'episodic return':>17}{'length':>9}")
-    for task, row in zip([*tasks, "mean"], [*rows, np.mean(rows, axis=0)], strict=True):
-        print("{:<20}{:>18.3f}{:>17.3f}{:>9.1f}".format(task, *row))
-    total = sum(seconds.values())
-    print(f"\n{'time':<20}{'seconds':>18}{'share':>17}")
-    for phase, value in [*seconds.items(), ("sum", total)]:
-        print(f"{phase:<20}{value:>18.1f}{value / total:>17.1%}")
-
-
 # Checks of the arguments
 
-AT_LEAST_1 = """num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size
-eval_episodes eval_frequency plasticity_frequency plasticity_batch_size checkpoint_frequency
-set_frequency"""
-LIMITS = [  # flags, what they may be given all arguments, and the same in words
-    (AT_LEAST_1, lambda x, args: x >= 1, "at least 1"),
-    ("seed", lambda x, args: 0 <= x < 2**63, "in [0, 2^63)"),
-    ("num_threads", lambda x, args: x >= 0, "at least 0"),
-    ("actor_lr critic_lr clip_coef", lambda x, args: 0 < x < math.inf, "positive and finite"),
-    ("ent_coef weight_decay dormant_tau", lambda x, args: 0 <= x < math.inf, "at least 0"),
-    ("gamma gae_lambda", lambda x, args: 0 <= x <= 1, "in [0, 1]"),
-    ("sparsity srank_delta", lambda x, args: 0 <= x < 1, "in [0, 1)"),
-    ("set_zeta", lambda x, args: 0 < x < 1, "in (0, 1)"),
-    ("set_epsilon", lambda x, args: x is None or 0 < x < math.inf, "positive and finite"),
-    (
-        "set_frequency",
-        lambda x, args: args.sparsity == 0 or x >= args.num_steps,
-        "at least --num-steps {num_steps}, for an update in between",
-    ),
-    ("total_timesteps", lambda x, args: x >= args.num_steps, "at least --num-steps {num_steps}"),
-    ("plasticity_buffer_size", lambda x, args: x >= len(task_ids(args)), "at least 1 per task"),
-    (
-        "env_ids",
-        lambda ids, args: len({*ids} & {i for i in gym.registry if "MiniGrid-" in i}) == len(ids),
-        "registered MiniGrid tasks (like MiniGrid-DoorKey-6x6-v0), each named once",
-    ),
-    ("device", lambda x, args: x != "cuda" or torch.cuda.is_available(), "auto or cpu: no CUDA"),
-    ("num_steps", lambda x, args: check_room(args), "what fits in memory"),
-]
+
+def require(args: Args, names: str, allowed, what: str) -> None:
+    """Raise ValueError for the first of these arguments that is not allowed."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def fail(message: str) -> NoReturn:
-    """End with one line on standard error and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def check_tasks(env_ids: tuple[str, ...]) -> None:
+    """Raise ValueError for a task that no run can have."""
+    spaces = []
+    for env_id in env_ids:
+        try:
+            env = make_env(env_id)
+            env.reset(seed=0)  # some find here alone that they cannot
+        except Exception as error:  # an environment may raise anything
+            raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
+        view, actions = env.observation_space, env.action_space
+        spaces.append((view, actions))
+        is_image = np.issubdtype(view.dtype, np.integer) and len(view.shape) == 3
+        if not (is_image and min(view.shape[:2]) > 3 and isinstance(actions, gym.spaces.Discrete)):
+            what = "discrete actions and an integer image (h, w, c) of 4 x 4 or more"
+            raise ValueError(f"--env-ids {env_id}: must have {what}, not {actions}, {view}")
+        if spaces[-1] != spaces[0]:
+            raise ValueError(f"--env-ids {env_id}: {spaces[-1]} must equal the first's {spaces[0]}")
 
 
-def check_args(args: Args) -> None:
-    """Refuse values that no run can have, before anything is made."""
-    for names, allowed, what in LIMITS:
-        for name in names.split():
-            value = getattr(args, name)
-            if not allowed(value, args):
-                flag = "--" + name.replace("_", "-")
-                shown = " ".join(value) if isinstance(value, tuple) else value
-                fail(f"{flag} {shown}: must be {what.format(**vars(args))}")
-
-
-def check_room(args: Args) -> bool:
-    """End with an error where what a flag asks for does not fit in the memory of --device."""
-    free, num_tasks = available_bytes(args.device), len(task_ids(args))
-    needs = {  # bytes, roughly: a step's objects in Python, a view, an expert in both updates
-        "num_steps": args.num_steps * num_tasks * 700,
-        "plasticity_buffer_size": args.plasticity_buffer_size * 147,
-        "num_experts": getattr(args, "num_experts", 0) * 15_000_000,
-    }
-    for name, needed in needs.items():
-        if needed > free:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            fail(f"{flag}: needs about {needed:,} bytes, must fit in the {free:,} that are free")
-    return True
-
-
-def available_bytes(device: str) -> int:
-    """Memory that a new tensor on --device may take."""
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(rows["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def check_run(args: Args) -> None:
+    """Raise ValueError for an argument that no script can have."""
+    require(args, "sparsity srank_delta", lambda x: 0 <= x < 1, "in [0, 1)")
+    require(args, "seed dormant_tau", lambda x: 0 <= x < math.inf, "at least 0")
+    counts = "eval_frequency eval_episodes plasticity_frequency plasticity_batch_size"
+    require(args, f"{counts} checkpoint_frequency num_threads", lambda x: x >= 1, "at least 1")
+    require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
+    if args.resume is not None:
+        load_checkpoint(args.resume)
+    elif args.run_dir is not None:
+        is_new = not (Path(args.run_dir) / "checkpoint.pt").exists()
+        require(args, "run_dir", lambda _: is_new, "a folder without a run, to go on: --resume")
 
 
 # Run folder
 
 
 def load_checkpoint(run_dir: str) -> dict:
-    """The checkpoint of a run of this script."""
+    """The checkpoint of a run of this script. Raises ValueError for a folder of anything else."""
     path = Path(run_dir) / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
-    except OSError as error:
-        fail(f"{str(run_dir)[:200]}: checkpoint.pt must be readable ({error.strerror})")
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        fail(f"{run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
-        fail(f"{run_dir}: checkpoint.pt is of another script, must be one of this script")
-    if state["args"].keys() != asdict(Args()).keys():
-        fail(f"{run_dir}: checkpoint.pt has the flags of another version of this script")
-    return state
+    if not path.is_file():
+        raise ValueError(f"--resume {run_dir}: must be the folder of a run, with a checkpoint.pt")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    of_script = checkpoint["script"], checkpoint["args"].keys()
+    if of_script != (Path(__file__).stem, Args.__dataclass_fields__.keys()):
+        raise ValueError(f"--resume {run_dir}: must be a run of this version of {Path(__file__)}")
+    return checkpoint
 
 
 def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
@@ -831,123 +777,45 @@ def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
-def read_args(args: Args) -> Args:
-    """Check the arguments, or take a run's own ones with --device and --num-threads as given."""
-    if args.resume is not None:
-        given = dict(resume=args.resume, device=args.device, num_threads=args.num_threads)
-        if args != Args(**given):
-            fail(f"--resume {args.resume}: only --device and --num-threads may stand beside it")
-        checkpoint = load_checkpoint(args.resume)
-        own = Args(**checkpoint["args"])
-        device = own.device if args.device == "auto" else args.device
-        num_threads = args.num_threads or checkpoint.get("num_threads", own.num_threads)
-        own = replace(own, device=device, num_threads=num_threads)
-        args = replace(own, run_dir=args.resume, resume=args.resume)
-    check_args(args)
-    return args
-
-
-def open_folder(args: Args, name: str) -> tuple[Path, io.TextIOBase]:
-    """The run's folder, made if it is new, by default runs/<name>__<script>__<seed>__<time>, and a
-    lock on it, held as long as the file is open: by the operating system, so that a kill frees it.
-    """
-    default = f"runs/{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or default)
-    try:
-        for number in itertools.count(2):
-            try:
-                run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
-                break
-            except FileExistsError:  # another run began in this second
-                if args.run_dir:
-                    raise
-                run_dir = Path(f"{default}_{number}")
-        lock = open(run_dir / "lock", "a+")
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            fail(f"{run_dir}: is in use by {lock.read() or 'another process'}")
-        except (ImportError, OSError):
-            pass  # a system, or a file system, without locks
-        if args.resume is None and [*run_dir.glob("checkpoint.pt"), *run_dir.glob("events.*")]:
-            fail(f"{run_dir}: already holds a run, must be another folder (or --resume it)")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-    except OSError as error:
-        fail(f"{str(run_dir)[:200]}: must be a new or a writable folder ({error.strerror})")
-    return run_dir, lock
-
-
-def open_log(run_dir: Path, args: Args, timestep: int) -> SummaryWriter:
-    """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
-    if any(run_dir.glob("events.out.tfevents.*")):
-        time.sleep(1)  # they are read in the order of their names, which begin with the second
-    writer = SummaryWriter(str(run_dir), purge_step=timestep + 1)
-    if timestep == 0:
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
-    return writer
+def check_finite(networks: dict[str, nn.Module], timestep: int) -> None:
+    """Raise FloatingPointError where training has diverged."""
+    for name, network in networks.items():
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            raise FloatingPointError(
+                f"timestep {timestep}: a parameter of the {name} is not finite"
+            )
 
 
 class Run:
-    """What surrounds the algorithm: timestep, log, times, checkpoint, signals. SIGINT or SIGTERM
-    drops what is half done of an iteration, saves and ends the run; a second one ends it at once.
-    Numbers that are not finite, a process that died and a full disk end it with one line."""
+    """A run's folder with its log and its checkpoint, its timestep and its progress bar."""
 
-    PROGRESS = ("timestep", "seconds", "evaluation")  # of its own, what a checkpoint holds
-
-    def __init__(self, args, name, device, stride, networks, optimizers, **others):
-        """name: of the default folder; stride: timesteps of an iteration; networks, optimizers (by
-        their networks' names) and others: what else a checkpoint holds, each with state_dict and
-        load_state_dict."""
-        self.args, self.device, self.stride, self.networks = args, device, stride, networks
-        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-        self.parts = networks | optimizers | others
+    def __init__(self, args: Args, name: str, device: str, stride: int, parts: dict):
+        """name: of the default folder; stride: timesteps of an iteration; parts: what a checkpoint
+        holds, by name, each with state_dict and load_state_dict."""
+        self.args, self.stride, self.parts = args, stride, parts
+        self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
         self.last_timestep = args.total_timesteps // stride * stride
-        self.timestep, self.evaluation = 0, {}
-        self.seconds = dict.fromkeys("env inference update sparsify metrics eval".split(), 0.0)
-        self.run_dir, self.lock = open_folder(args, name)
-        self.busy, self.stopped, self.handlers, self.saved_timestep = True, False, {}, -1
-        if args.resume is not None:
-            checkpoint = load_checkpoint(self.run_dir)
-            for name in self.PROGRESS:
-                setattr(self, name, checkpoint[name])
-            for name, part in self.parts.items():
-                part.load_state_dict(checkpoint[name])
-            self.saved_timestep = self.timestep
-        self.take_snapshot()
-
-    def __enter__(self):
-        if self.args.resume is None:
+        script = Path(__file__).stem
+        default = f"runs/{name}__{script}__{args.seed}__{time.time_ns() // 10**6}"
+        self.folder = Path(args.resume or args.run_dir or default)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / "lock")  # the system frees it, however the run ends
+        self.lock.acquire(timeout=0)
+        if args.resume is None:
             self.save()
-        self.start_timestep, self.start_time = self.timestep, time.perf_counter()
-        self.writer = open_log(self.run_dir, self.args, self.timestep)
-        bar = dict(total=self.last_timestep, initial=self.timestep, unit="timestep")
-        self.bar = tqdm(**bar, disable=None if sys.stderr else True)  # None: at a terminal alone
-        if threading.current_thread() is threading.main_thread():
-            numbers = signal.SIGINT, signal.SIGTERM
-            self.handlers = {n: signal.signal(n, self.stop) for n in numbers}
-        self.busy = False
-        return self
-
-    def stop(self, number, frame) -> None:
-        """Ends the iteration at once, or where the run is busy saving, as soon as it is not."""
-        for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
-        self.stopped = True
-        again = f"once more: at once, to go on from timestep {self.saved_timestep}"
-        line = f"\nsaving timestep {self.snapshot['timestep']} before it stops ({again})\n"
-        with suppress(OSError):
-            os.write(2, line.encode())  # print may not be called while it writes
-        if not self.busy:
-            raise KeyboardInterrupt
-
-    def goes_on(self) -> bool:
-        return self.timestep < self.last_timestep and not self.stopped
+        else:
+            self.load()
+        # Logs are read in the order of their names, which begin with the clock's time
+        for i, file in enumerate(sorted(self.folder.glob("events.*"))):
+            file.rename(self.folder / f"events.out.tfevents.{i:010d}")
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.timestep + 1)
+        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
+        print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
+        print(f"to go on after a stop: python {script}.py --resume {quote(str(self.folder))}")
+        seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of the bar
+        bar = dict(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
+        self.bar = tqdm(**bar, mininterval=seconds)
 
     def reached(self, frequency: int, times: float = math.inf) -> bool:
         """Whether this iteration came to one of the first times multiples of frequency (0: off)."""
@@ -958,97 +826,72 @@ class Run:
         """Whether it did, or is the run's last one."""
         return self.reached(frequency) or self.timestep == self.last_timestep
 
-    @contextmanager
-    def timed(self, phase: str):
-        """Add the wall-clock time of the block to the seconds of a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-
-    def check_finite(self, scalars: dict[str, float]) -> None:
-        """Raise FloatingPointError where a loss or a network's parameter is not finite."""
-        known = {"losses/explained_variance"}  # that of returns that are all the same
-        bad = [name for name in scalars.keys() - known if not math.isfinite(scalars[name])]
-        for name, network in self.networks.items():
-            if not all(parameter.isfinite().all() for parameter in network.parameters()):
-                bad.append(f"a parameter of the {name}")
-        if bad:
-            raise FloatingPointError(f"diverged at timestep {self.timestep}: {bad[0]} not finite")
-
-    def take_snapshot(self) -> None:
-        """Keep what a checkpoint holds, as it is between two iterations."""
-        state = {"script": Path(__file__).stem, "num_threads": torch.get_num_threads()}
-        state["args"] = asdict(replace(self.args, resume=None, run_dir=str(self.run_dir)))
-        state |= {name: getattr(self, name) for name in self.PROGRESS}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        self.snapshot = copy.deepcopy(state)
-
-    def save(self) -> None:
-        """Write atomically: a reader finds the old checkpoint or the new one, never a part."""
-        partial = self.run_dir / f"checkpoint.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as file:
-                torch.save(self.snapshot, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.run_dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:  # torch's writer does not say why
-            partial.unlink(missing_ok=True)
-            raise OSError(f"checkpoint.pt could not be written ({error})") from error
-        self.saved_timestep = self.snapshot["timestep"]
-
-    def end_iteration(self, scalars: dict[str, float], steps: int, shown: str, score: str) -> None:
-        """Log, save if it is time to, and show how it goes: at a terminal a bar with the mean of
-        charts/<shown>, else a line at each evaluation with eval/<score>. steps: environment steps
-        of a timestep."""
-        self.busy = True
-        seconds = time.perf_counter() - self.start_time
-        timesteps = self.timestep - self.start_timestep
-        sps, sparsity = steps * timesteps / seconds, scalars["sparsity/actor"]
-        times = {f"time/{phase}": value for phase, value in self.seconds.items()}
-        for tag, value in (scalars | {"charts/SPS": sps} | times).items():
+    def end_iteration(self, scalars: dict[str, float]) -> None:
+        """Log, show how the run goes, and save a checkpoint if it is time to."""
+        bar = self.bar.format_dict
+        scalars["charts/SPS"] = (self.timestep - bar["initial"]) / bar["elapsed"]
+        for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
-        self.take_snapshot()
+        for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
+            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}")
+        returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
+        self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
+        self.bar.update(self.stride)
         if self.is_due(self.args.checkpoint_frequency):
             self.writer.flush()  # before the checkpoint, so that the log never lags behind it
             self.save()
-        values = [x for tag, x in scalars.items() if tag.startswith(f"charts/{shown}")]
-        mean = np.mean(values or [math.nan])
-        self.bar.set_postfix_str(f"return={mean:.3f}, sparsity={sparsity:.3f}, SPS={sps:.0f}")
-        self.bar.update(self.stride)
-        if self.bar.disable and f"eval/{score}" in scalars:
-            left = (self.last_timestep - self.timestep) * seconds / timesteps
-            values = f"score {scalars[f'eval/{score}']:.3f}, sparsity {sparsity:.3f}"
-            print(f"timestep {self.timestep}: {values}, {left / 60:.0f} min left", flush=True)
-        self.busy = False
 
-    def __exit__(self, kind, error, traceback) -> bool:
-        """End bar and log, save the last whole iteration, and say why and how to go on."""
-        self.busy, self.timestep = True, self.snapshot["timestep"]
+    def save(self) -> None:
+        """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
+        state = {"script": Path(__file__).stem, "timestep": self.timestep}
+        state |= {"args": asdict(self.args) | dict(resume=None, run_dir=None)}
+        state |= {"evaluation": self.evaluation}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        with open(self.folder / "checkpoint.partial", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.folder / "checkpoint.pt")
+
+    def load(self) -> None:
+        """Go on from the checkpoint, and say which arguments have changed since."""
+        state = load_checkpoint(self.folder)
+        self.timestep, self.evaluation = state["timestep"], state["evaluation"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name, before in state["args"].items():
+            now = getattr(self.args, name)
+            if now != before and name not in ("resume", "run_dir"):
+                print(f"--{name.replace('_', '-')} {now} from here on, {before} before")
+
+    def finish(self) -> Path:
+        """Print the last evaluation, a row per task and their mean. Returns the folder."""
         self.bar.close()
-        try:
-            self.writer.close()
-            if self.saved_timestep < self.timestep:
-                self.save()
-        except OSError as failed:
-            error = failed
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.lock.close()
-        go_on = f"to go on from timestep {self.saved_timestep}: --resume {quote(str(self.run_dir))}"
-        if isinstance(error, FloatingPointError | OSError):
-            free = f"{shutil.disk_usage(self.run_dir).free:,} bytes of its disk are free"
-            what = (
-                error
-                if isinstance(error, FloatingPointError | ChildProcessError)
-                else f"{error}, {free}"
-            )
-            print(f"error: {self.run_dir}: {what}; {go_on}", file=sys.stderr)
-            raise SystemExit(1)
-        if self.stopped and self.timestep < self.last_timestep:
-            print(f"stopped at timestep {self.timestep}, {go_on}")
-        return self.stopped and kind is KeyboardInterrupt
+        self.writer.close()
+        self.lock.release()
+        values = np.array([list(column.values()) for column in self.evaluation.values()]).T
+        tasks = [*next(iter(self.evaluation.values())), "mean"]
+        print(f"{'task':26}" + "".join(f"{name.replace('_', ' '):>19}" for name in self.evaluation))
+        for task, row in zip(tasks, [*values, values.mean(0)], strict=True):
+            print(f"{task:26}" + "".join(f"{value:19.3f}" for value in row))
+        print(f"finished: {self.folder}")
+        return self.folder
+
+
+def parse_args() -> Args:
+    """The command line's arguments. With --resume, those of the run are the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    run_dir = parser.parse_known_args()[0].resume
+    try:
+        own = load_checkpoint(run_dir)["args"] if run_dir else {}
+    except ValueError as error:
+        parser.error(str(error))
+    return tyro.cli(Args, default=Args(**own))
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    try:
+        train(parse_args())
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")

@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "metaworld==3.1.1", "mujoco==3.3.0",
-#                 "numpy==2.4.6", "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.67"]
+#                 "numpy==2.4.6", "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.67",
+#                 "filelock>=3.20"]
 # ///
 """Multi-task multi-head SAC on Meta-World with a pruned actor, pruned critics or both.
 
@@ -13,24 +14,17 @@ agent; a timestep is one environment step of one task. Tensors are (task, batch,
     python mtsac_sparse_metaworld.py --benchmark MT10 --prune actor --seed 1
 """
 
-import atexit
+import argparse
 import copy
-import io
-import itertools
 import math
 import os
-import platform
-import shutil
-import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import metaworld
@@ -39,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector.async_vector_env import _async_worker
+from filelock import FileLock
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT50_V3
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -80,19 +74,19 @@ class Args:
 
     # Sparsity
     prune: Literal["actor", "critic", "both", "none"] = "actor"  # what is sparse (none: dense)
-    sparsifier: Literal["gmp", "set"] = "gmp"  # prune gradually (gmp), or rewire (set)
+    sparsifier: Literal["gmp", "set"] = "gmp"  # prune gradually (gmp), or sparse evolution (set)
     sparsity: float = 0.95  # share of pruned weights (0: the dense baseline)
     prune_start: float = 0.05  # share of training after which pruning begins
     prune_end: float = 0.80  # share of training after which the final sparsity holds
-    prune_frequency: int = 5000  # timesteps between two renewals of the masks
+    prune_frequency: int = 5000  # timesteps between two mask updates
     prune_scope: Literal["layer", "global"] = "layer"  # rank weights per layer or per network
-    set_zeta: float = 0.3  # share of a layer's active weights replaced at each evolution
-    set_frequency: int = 2000  # timesteps between two evolutions
+    set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
+    set_frequency: int = 2000  # timesteps between two SET updates
     set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
     set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
-    # Comparison arms
+    # Methods to compare with
     weight_decay: float = 0.0  # L2 coefficient of Adam
     layer_norm: bool = False  # normalise each hidden layer before its nonlinearity, no gain or bias
 
@@ -107,9 +101,34 @@ class Args:
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
     run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
-    checkpoint_frequency: int = 200_000  # timesteps between two checkpoints
-    resume: str | None = None  # run folder to go on with, with the run's own flags
-    num_threads: int = 0  # torch threads (0: one on MiniGrid, torch's choice on Meta-World)
+    checkpoint_frequency: int = 20_000  # timesteps between two checkpoints
+    resume: str | None = None  # run folder to go on with; its flags are the defaults
+    num_threads: int = torch.get_num_threads()  # torch threads
+
+    def __post_init__(self):
+        rates = "actor_lr critic_lr alpha_lr adam_eps max_grad_norm"
+        require(self, rates, lambda x: 0 < x < math.inf, "positive")
+        require(self, "max_q weight_decay", lambda x: 0 <= x < math.inf, "at least 0")
+        require(self, "gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
+        require(self, "tau prune_end", lambda x: 0 < x <= 1, "in (0, 1]")
+        below_end = f"in [0, --prune-end {self.prune_end})"
+        require(self, "prune_start", lambda x: 0 <= x < self.prune_end, below_end)
+        require(self, "set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
+        require(self, "set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
+        require(self, "batch_size updates_per_step", lambda x: x >= 1, "at least 1")
+        require(self, "prune_frequency set_frequency", lambda x: x >= 1, "at least 1")
+        of_metaworld = "different tasks of Meta-World, like reach-v3"
+        is_right = len({*self.env_names} & {*ALL_V3_ENVIRONMENTS}) == len(self.env_names)
+        require(self, "env_names", lambda _: is_right, of_metaworld)
+        num_tasks = len(task_ids(self))
+        episodes = num_tasks * EPISODE_STEPS
+        an_episode = f"at least {episodes}, an episode of each task"
+        require(self, "total_timesteps", lambda x: x >= episodes, an_episode)
+        before_end = f"in [0, --total-timesteps {self.total_timesteps})"
+        require(self, "learning_starts", lambda x: 0 <= x < self.total_timesteps, before_end)
+        batch = num_tasks * self.batch_size
+        require(self, "buffer_size", lambda x: x >= batch, f"at least {batch}, a batch")
+        check_run(self)
 
 
 # Networks
@@ -214,7 +233,7 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 
 @torch.no_grad()
 def prune(network: nn.Module, sparsity: float, scope: str) -> None:
-    """Renew the network's masks to the asked sparsity by magnitude, and apply them.
+    """Update the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
     was pruned ranks last: while sparsity grows, it stays so. Needs network.layers, {name: how
@@ -227,7 +246,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
     if scope == "layer":
         for name, weight in weights.items():
-            rows = scores[name].view(network.layers[name], -1)  # (layer, its weights)
+            rows = scores[name].reshape(network.layers[name], -1)  # (layer, its weights)
             keep = rows.shape[1] - round(sparsity * rows.shape[1])
             if keep == 0:
                 raise ValueError(f"leaves none of the {rows.shape[1]} weights of a {name}")
@@ -251,18 +270,6 @@ def apply_masks(network: nn.Module) -> None:
     """Set the pruned weights to zero. To be called after every optimiser step, which moves them."""
     for name, mask in network.masks.items():
         network.get_submodule(name).weight.mul_(mask)
-
-
-def renew_masks(networks: dict, args: Args, last_timestep: int, timestep: int, stride=1) -> bool:
-    """Prune the networks to a timestep's sparsity if it is one to renew masks at; whether it is."""
-    progress = timestep / last_timestep
-    sparsity = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
-    is_due = timestep % args.prune_frequency < stride or timestep == last_timestep
-    if sparsity == 0 or not is_due:
-        return False
-    for network in networks.values():
-        prune(network, sparsity, args.prune_scope)
-    return True
 
 
 def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
@@ -317,12 +324,12 @@ def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     network.densities = densities
     for name, density in densities.items():
         layer = network.get_submodule(name)
-        scores = torch.rand_like(layer.weight).view(network.layers[name], -1)
+        scores = torch.rand_like(layer.weight).reshape(network.layers[name], -1)
         keep = round(density * scores.shape[1])
         if keep == 0:
             raise ValueError(f"leaves none of the {scores.shape[1]} weights of a {name}")
         network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
-        layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last evolution
+        layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last update
     apply_masks(network)
 
 
@@ -334,9 +341,9 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     regrow "random" draws the places (Mocanu et al. 2018, algorithm 1); "gradient" takes those where
     the last minibatch's gradient is largest (RigL, Evci et al. 2020), and raises ValueError if
     there is none. Grown weights start at zero, or with grow "init" uniform in [-layer.bound,
-    layer.bound]; what the optimiser remembers of them is cleared. Returns the share of what the
-    last evolution grew that this one keeps (NaN at first). Needs what draw_masks made, and that
-    apply_masks follows every optimiser step.
+    layer.bound], their optimiser state is cleared. Returns the share of what the last update grew
+    that this one keeps (NaN at first). Needs what draw_masks made, and that apply_masks follows
+    every optimiser step.
     """
     layers = {name: network.get_submodule(name) for name in network.densities}
     if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
@@ -345,12 +352,12 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         raise ValueError("no gradient to grow by: evolve must follow an update")
     grown_before, kept_of_it = [], []
     for name, layer in layers.items():
-        magnitudes = layer.weight.abs().view(network.layers[name], -1)  # (layer, its weights)
-        active = network.masks[name].view_as(magnitudes) > 0
+        magnitudes = layer.weight.abs().reshape(network.layers[name], -1)  # (layer, its weights)
+        active = network.masks[name].reshape(magnitudes.shape) > 0
         count = round(network.densities[name] * magnitudes.shape[1])
         moved = min(round(zeta * count), magnitudes.shape[1] - count)
         scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
-        scores = scores.view_as(magnitudes).masked_fill(active, -1.0)
+        scores = scores.reshape(magnitudes.shape).masked_fill(active, -1.0)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
         kept, grown = kept.view_as(layer.weight), keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
@@ -366,7 +373,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
 
 
 def evolve_all(networks: dict, optimizers: dict, args: Args) -> dict[str, float]:
-    """Evolve each network; the share that it keeps of what its last evolution grew, to log."""
+    """SET's update of each network; the share that it keeps of what its last one grew, to log."""
     scalars = {}
     for name, network in networks.items():
         kept = evolve(network, optimizers[name], args.set_zeta, args.set_regrow, args.set_grow)
@@ -378,6 +385,20 @@ def mask_target(networks: dict) -> None:
     """Prune the target critics like the critics."""
     networks["target"].masks = networks["critic"].masks
     apply_masks(networks["target"])
+
+
+def sparse_networks(args: Args) -> tuple[str, ...]:
+    """The networks that --prune names."""
+    return {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
+
+
+def prune_to_schedule(networks: dict, args: Args, progress: float) -> None:
+    """Prune what is to be sparse to the sparsity of a share of training."""
+    sparsity = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
+    if sparsity > 0:
+        for name in sparse_networks(args):
+            prune(networks[name], sparsity, args.prune_scope)
+        mask_target(networks)
 
 
 # SAC
@@ -393,6 +414,43 @@ class Transitions(NamedTuple):
     rewards: Tensor  # (task, batch)
     next_obs: Tensor  # (task, batch, 39)
     bootstrap: Tensor  # (task, batch), 0 where no value follows, else 1
+
+
+class ReplayBuffer:
+    """The latest transitions of each task, on one device; the oldest make room for new ones."""
+
+    def __init__(self, capacity: int, num_tasks: int, device):
+        """capacity: transitions of all tasks together; num_tasks shares of equal size."""
+        self.capacity = capacity // num_tasks
+        shapes = (OBS_SIZE,), (ACTION_SIZE,), (), (OBS_SIZE,), ()
+        self.fields = Transitions(
+            *(torch.zeros(num_tasks, self.capacity, *shape, device=device) for shape in shapes)
+        )
+        self.added = 0  # transitions per task so far
+
+    def state_dict(self) -> dict:
+        """The filled part alone, in memory of its own."""
+        filled = [field[:, : self.added].clone() for field in self.fields]
+        return {"added": self.added, "fields": filled}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for field, saved in zip(self.fields, state["fields"], strict=True):
+            field[:, : saved.shape[1]] = saved
+
+    def add(self, *transition) -> None:
+        """Store one transition of every task, in the order of Transitions: arrays (task, ...)."""
+        for field, value in zip(self.fields, transition, strict=True):
+            value = torch.as_tensor(value, dtype=torch.float32, device=field.device)
+            field[:, self.added % self.capacity] = value
+        self.added += 1
+
+    def sample(self, size: int) -> Transitions:
+        """Draw size transitions per task, with replacement."""
+        num_tasks, device = len(self.fields.obs), self.fields.obs.device
+        slot = torch.randint(min(self.added, self.capacity), (num_tasks, size), device=device)
+        task = torch.arange(num_tasks, device=device)[:, None]
+        return Transitions(*(field[task, slot] for field in self.fields))
 
 
 @torch.no_grad()
@@ -457,10 +515,9 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def train(args: Args) -> None:
-    """Train, evaluate and measure one run."""
-    args = read_args(args)
-    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+def train(args: Args) -> Path:
+    """Train, evaluate and measure one run. Returns the folder of its log and checkpoint."""
+    torch.set_num_threads(args.num_threads)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = [name.removesuffix("-v3") for name in task_ids(args)]
     num_tasks, envs, eval_envs = len(tasks), make_vector_env(args), make_vector_env(args)
@@ -480,83 +537,69 @@ def train(args: Args) -> None:
     }
     buffer = ReplayBuffer(args.buffer_size, num_tasks, device)
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
-    name, stride = "custom" if args.env_names else args.benchmark, num_tasks * EPISODE_STEPS
-    parts = dict(temperatures=temperatures, buffer=buffer)
-    run = Run(args, name, device, stride, networks, optimizers, **parts)
+    name = "custom" if args.env_names else args.benchmark
+    parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
+    parts |= {"temperatures": temperatures, "buffer": buffer}
+    run = Run(args, name, device, num_tasks * EPISODE_STEPS, parts)
 
-    with run:
-        while run.goes_on():
-            # One episode of every task, with an update after each step
-            goals = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
-            returns, successes = np.zeros(num_tasks), np.zeros(num_tasks, bool)
-            scalars, losses = {}, []
-            with run.timed("env"):
-                obs, _ = envs.reset(seed=goals)
-            for step in range(EPISODE_STEPS):
-                learning = run.timestep >= args.learning_starts
-                with run.timed("inference"):
-                    actions = choose_actions(actor, obs, learning)
-                with run.timed("env"):
-                    next_obs, rewards, terminated, truncated, info = envs.step(actions)
-                    ended = terminated | (truncated & (not args.bootstrap_at_truncation))
-                    buffer.add(obs, actions, rewards, next_obs, ~ended)
-                    obs = next_obs
-                    returns += rewards
-                    successes |= info["success"] > 0
-                run.timestep += num_tasks
-                with run.timed("update"):
-                    for _ in range(args.updates_per_step if learning else 0):
-                        batch = buffer.sample(args.batch_size)
-                        losses.append(update(networks, log_alpha, optimizers, batch, args))
-                with run.timed("sparsify"):
-                    if args.sparsifier == "gmp":
-                        if renew_masks(sparse, args, run.last_timestep, run.timestep, num_tasks):
-                            mask_target(networks)
-                    # Off-policy, so in an episode too; before learning, it would only grow zeros
-                    evolves = learning and run.timestep % args.set_frequency < num_tasks
-                    if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
-                        scalars |= evolve_all(sparse, optimizers, args)
-                        mask_target(networks)
+    while run.timestep < run.last_timestep:
+        # One episode of every task, with an update after each step
+        goals = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
+        returns, successes = np.zeros(num_tasks), np.zeros(num_tasks, bool)
+        scalars, losses = {}, []
+        obs, _ = envs.reset(options={"goals": goals})
+        for step in range(EPISODE_STEPS):
+            learning = run.timestep >= args.learning_starts
+            actions = choose_actions(actor, obs, learning)
+            next_obs, rewards, terminated, truncated, info = envs.step(actions)
+            ended = terminated | (truncated & (not args.bootstrap_at_truncation))
+            buffer.add(obs, actions, rewards, next_obs, ~ended)
+            obs = next_obs
+            returns += rewards
+            successes |= info["success"] > 0
+            run.timestep += num_tasks
+            for _ in range(args.updates_per_step if learning else 0):
+                batch = buffer.sample(args.batch_size)
+                losses.append(update(networks, log_alpha, optimizers, batch, args))
+            is_last = run.timestep == run.last_timestep
+            if args.sparsifier == "gmp":
+                if run.timestep % args.prune_frequency < num_tasks or is_last:
+                    prune_to_schedule(networks, args, run.timestep / run.last_timestep)
+            # Off-policy, so in an episode too; before learning, it would only grow zeros
+            evolves = learning and run.timestep % args.set_frequency < num_tasks
+            if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
+                scalars |= evolve_all(sparse, optimizers, args)
+                mask_target(networks)
+        check_finite(networks, run.timestep)
 
-            # Measure and evaluate
-            for name in losses[0] if losses else ():
-                scalars[f"losses/{name}"] = (
-                    torch.stack([entry[name] for entry in losses]).mean().item()
-                )
-            run.check_finite(scalars)
-            scalars |= tags("charts", by_task(tasks, episodic_return=returns, success=successes))
-            scalars |= tags("losses", by_task(tasks, alpha=log_alpha.exp())) if losses else {}
-            scalars |= plasticity.measure_sparsity({"actor": actor, "critic": critic})
-            if run.is_due(args.plasticity_frequency):
-                with run.timed("metrics"):
-                    seed_all(args.seed, METRICS, run.timestep)
-                    scalars |= measure_networks(networks, buffer.sample(metrics_size), args)
-            if run.is_due(args.eval_frequency):  # its episodes judge the critics too
-                with run.timed("eval"):
-                    [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
-                    eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
-                    played = evaluate_mode(actor, eval_envs, eval_goals, device)
-                    scalars["plasticity/critic_error"] = critic_error(
-                        networks, log_alpha, played, args
-                    )
-                rates, means = played.successes.mean(1), played.rewards.sum(2).mean(1)
-                run.evaluation = by_task(tasks, success_rate=rates, episodic_return=means)
-                scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean()}
+        # Measure and evaluate
+        for name in losses[0] if losses else ():
+            scalars[f"losses/{name}"] = torch.stack([each[name] for each in losses]).mean().item()
+        scalars |= tags("charts", by_task(tasks, episodic_return=returns, success=successes))
+        scalars |= tags("losses", by_task(tasks, alpha=log_alpha.exp())) if losses else {}
+        scalars |= plasticity.measure_sparsity({"actor": actor, "critic": critic})
+        if run.is_due(args.plasticity_frequency):
+            seed_all(args.seed, METRICS, run.timestep)
+            scalars |= measure_networks(networks, buffer.sample(metrics_size), args)
+        if run.is_due(args.eval_frequency):  # its episodes judge the critics too
+            [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
+            eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
+            played = evaluate_mode(actor, eval_envs, eval_goals, device)
+            scalars["plasticity/critic_error"] = critic_error(networks, log_alpha, played, args)
+            rates, means = played.successes.mean(1), played.rewards.sum(2).mean(1)
+            run.evaluation = by_task(tasks, success_rate=rates, episodic_return=means)
+            scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean()}
 
-            # Intervene: what was evaluated is what was trained
-            if args.sparsifier == "set" and evolves and run.timestep < run.last_timestep:
-                seed_all(args.seed, INTERVENTIONS, run.timestep)
-                with run.timed("sparsify"):
-                    scalars |= evolve_all(sparse, optimizers, args)
-                    mask_target(networks)
+        # Intervene: what was evaluated is what was trained
+        if args.sparsifier == "set" and evolves and not is_last:
+            seed_all(args.seed, INTERVENTIONS, run.timestep)
+            scalars |= evolve_all(sparse, optimizers, args)
+            mask_target(networks)
 
-            # Log and save
-            run.end_iteration(scalars, 1, "episodic_return", "success_rate")
+        run.end_iteration(scalars)
     envs.close()
     eval_envs.close()
-    print(f"checkpoint.pt: {os.path.getsize(run.run_dir / 'checkpoint.pt'):,} bytes")
-    if run.timestep == run.last_timestep:
-        print_results(tasks, run.evaluation, run.seconds)
+    return run.finish()
 
 
 # ======== Support: what surrounds the algorithm ========
@@ -574,61 +617,15 @@ class GoalEnv(gym.Wrapper):
     """A Meta-World task that each reset sets to one of its goals and initial states; an episode
     follows from its goal and its actions alone, whatever was played before it."""
 
-    def __init__(self, name: str, goals: list):
+    def __init__(self, name: str, goals: list, task: int):
+        """task: its place in the goals (task,) that a reset is given, numbers into goals."""
         super().__init__(ALL_V3_ENVIRONMENTS[name]())
-        self.goals = goals
+        self.goals, self.task = goals, task
         self.unwrapped.set_task(goals[0])  # makes the goal part of the observation
 
-    def reset(self, *, seed: int, options=None):
-        self.unwrapped.set_task(self.goals[seed % len(self.goals)])
+    def reset(self, *, seed=None, options: dict):
+        self.unwrapped.set_task(self.goals[options["goals"][self.task] % len(self.goals)])
         return self.env.reset()
-
-
-def quiet_worker(*args) -> None:
-    """gymnasium's process of one environment, that leaves Ctrl-C and SIGTERM to the run, and ends
-    without a word when the run is killed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    with suppress(EOFError, ConnectionError):
-        _async_worker(*args)
-
-
-class TaskProcesses(gym.vector.AsyncVectorEnv):
-    """A process for each task's environment. They are killed with the run, whatever they are at;
-    the death of one, also of other environments, raises ChildProcessError with its task."""
-
-    everyone = {}  # process -> its task, of all environments that are open
-
-    def __init__(self, names: list[str], makers: list, **others):
-        super().__init__(makers, worker=quiet_worker, **others)
-        self.everyone.update(zip(self.processes, names, strict=True))
-        atexit.register(self.close)  # after an error too
-
-    def step(self, actions):
-        with self.watched():
-            return super().step(actions)
-
-    def reset(self, **others):
-        with self.watched():
-            return super().reset(**others)
-
-    @contextmanager
-    def watched(self):
-        broken = False
-        try:
-            yield
-        except (EOFError, ConnectionError):
-            broken = True
-            time.sleep(0.5)  # until its end is known
-        dead = [name for process, name in self.everyone.items() if not process.is_alive()]
-        if dead or broken:
-            raise ChildProcessError(f"the process of {', '.join(dead) or 'a task'} died")
-
-    def close_extras(self, **others) -> None:
-        for process in self.processes:
-            self.everyone.pop(process)
-            process.kill()  # they ignore SIGTERM, and leave nothing behind
-            process.join()
 
 
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
@@ -636,25 +633,11 @@ def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     names = task_ids(args)
     goal_seeds = seed_all(args.seed, GOALS, 0, len(names))
     makers = []
-    for name, goal_seed in zip(names, goal_seeds, strict=True):
-        makers.append(partial(GoalEnv, name, metaworld.MT1(name, goal_seed).train_tasks))
-    by_hand = gym.vector.AutoresetMode.DISABLED
-    if args.vectorization == "sync":
-        return gym.vector.SyncVectorEnv(makers, autoreset_mode=by_hand)
-    return TaskProcesses(names, makers, autoreset_mode=by_hand)
-
-
-def sparse_networks(args: Args) -> tuple[str, ...]:
-    """The networks that --prune names."""
-    return {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
-
-
-def sparsify_or_fail(args: Args, sparsify, *inputs) -> None:
-    """Call a sparsifier, and end the run before it begins where it cannot do the sparsity."""
-    try:
-        sparsify(*inputs)
-    except ValueError as error:
-        fail(f"--sparsity {args.sparsity}: {error}")
+    for i, (name, goal_seed) in enumerate(zip(names, goal_seeds, strict=True)):
+        makers.append(partial(GoalEnv, name, metaworld.MT1(name, goal_seed).train_tasks, i))
+    is_async = args.vectorization == "async"
+    make = gym.vector.AsyncVectorEnv if is_async else gym.vector.SyncVectorEnv
+    return make(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
 def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
@@ -665,13 +648,9 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
         "critic": MultiHeadMLP(2, num_tasks, OBS_SIZE + ACTION_SIZE, 1, 3e-3, args),
     }
     networks = {name: network.to(device) for name, network in networks.items()}
-    for name in sparse_networks(args):
-        sparsity = args.sparsity if args.sparsifier == "set" else 0.0
-        densities = set_densities(networks[name], sparsity, args.set_epsilon)
-        sparsify_or_fail(args, draw_masks, networks[name], densities)
-        if args.sparsifier == "gmp":
-            trial = copy.deepcopy(networks[name])
-            sparsify_or_fail(args, prune, trial, args.sparsity, args.prune_scope)
+    for name in sparse_networks(args) if args.sparsifier == "set" else ():
+        densities = set_densities(networks[name], args.sparsity, args.set_epsilon)
+        draw_masks(networks[name], densities)
     return networks
 
 
@@ -686,43 +665,6 @@ def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])
     return seeds[1:]
-
-
-class ReplayBuffer:
-    """The latest transitions of each task, on one device; the oldest make room for new ones."""
-
-    def __init__(self, capacity: int, num_tasks: int, device):
-        """capacity: transitions of all tasks together; num_tasks shares of equal size."""
-        self.capacity = capacity // num_tasks
-        shapes = (OBS_SIZE,), (ACTION_SIZE,), (), (OBS_SIZE,), ()
-        self.fields = Transitions(
-            *(torch.zeros(num_tasks, self.capacity, *shape, device=device) for shape in shapes)
-        )
-        self.added = 0  # transitions per task so far
-
-    def state_dict(self) -> dict:
-        """The filled part alone, in memory of its own."""
-        filled = [field[:, : self.added].clone() for field in self.fields]
-        return {"added": self.added, "fields": filled}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        for field, saved in zip(self.fields, state["fields"], strict=True):
-            field[:, : saved.shape[1]] = saved
-
-    def add(self, *transition) -> None:
-        """Store one transition of every task, in the order of Transitions: arrays (task, ...)."""
-        for field, value in zip(self.fields, transition, strict=True):
-            value = torch.as_tensor(value, dtype=torch.float32, device=field.device)
-            field[:, self.added % self.capacity] = value
-        self.added += 1
-
-    def sample(self, size: int) -> Transitions:
-        """Draw size transitions per task, with replacement."""
-        num_tasks, device = len(self.fields.obs), self.fields.obs.device
-        slot = torch.randint(min(self.added, self.capacity), (num_tasks, size), device=device)
-        task = torch.arange(num_tasks, device=device)[:, None]
-        return Transitions(*(field[task, slot] for field in self.fields))
 
 
 # Evaluation and metrics
@@ -759,7 +701,7 @@ def evaluate_mode(actor: nn.Module, envs: gym.vector.VectorEnv, goals: np.ndarra
     visited = [[] for _ in range(num_episodes)]
     last_obs = []
     for episode in range(num_episodes):
-        obs, _ = envs.reset(seed=goals[:, episode].tolist())
+        obs, _ = envs.reset(options={"goals": goals[:, episode]})
         for step in range(EPISODE_STEPS):
             obs_t = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (task, 39)
             mean, log_std = (x[:, 0] for x in policy(actor, obs_t[:, None]))
@@ -851,138 +793,52 @@ def measure_networks(networks: dict, batch: Transitions, args: Args) -> dict[str
             hidden, _ = networks[name].activations(x)
         layers = [one for layer in hidden for one in layer]
         alive = [one for layer in plasticity.alive_neurons(networks[name]) for one in layer]
-        metrics |= measured(
-            f"{name}_dormant_ratio", plasticity.dormant_ratio, layers, args.dormant_tau, alive
-        )
-        metrics |= measured(f"{name}_effective_rank", mean_rank, hidden[-1], args.srank_delta)
-    return metrics | measured("fisher_trace", squashed_fisher_trace, networks["actor"], batch.obs)
-
-
-def measured(name: str, measure, *args) -> dict[str, float]:
-    """A metric under its tag, or a line that says why it cannot be measured."""
-    try:
-        return {f"plasticity/{name}": measure(*args)}
-    except ValueError as error:
-        tqdm.write(f"{name}: not measured ({error})", file=sys.stderr or sys.stdout)
-        return {}
-
-
-def mean_rank(features: Tensor, delta: float) -> float:
-    """Mean effective rank of features (copy, N, D)."""
-    ranks = [plasticity.effective_rank(each, delta) for each in features]
-    return sum(ranks) / len(ranks)
-
-
-def print_results(tasks: list[str], evaluation: dict, seconds: dict[str, float]) -> None:
-    """Print the final evaluation per task, and where the time went."""
-    rows = [[by_task[task] for by_task in evaluation.values()] for task in tasks]
-    print(f"\n{'task':<26}{'success rate':>14}{'episodic return':>17}")
-    for task, row in zip([*tasks, "mean"], [*rows, np.mean(rows, axis=0)], strict=True):
-        print("{:<26}{:>14.3f}{:>17.1f}".format(task, *row))
-    total = sum(seconds.values())
-    print(f"\n{'time':<26}{'seconds':>14}{'share':>17}")
-    for phase, value in [*seconds.items(), ("sum", total)]:
-        print(f"{phase:<26}{value:>14.1f}{value / total:>17.1%}")
+        dormant = plasticity.dormant_ratio(layers, args.dormant_tau, alive)
+        metrics[f"plasticity/{name}_dormant_ratio"] = dormant
+        ranks = [plasticity.effective_rank(each, args.srank_delta) for each in hidden[-1]]
+        metrics[f"plasticity/{name}_effective_rank"] = sum(ranks) / len(ranks)
+    metrics["plasticity/fisher_trace"] = squashed_fisher_trace(networks["actor"], batch.obs)
+    return metrics
 
 
 # Checks of the arguments
 
-AT_LEAST_1 = """batch_size buffer_size updates_per_step prune_frequency set_frequency
-eval_frequency eval_episodes plasticity_frequency plasticity_batch_size checkpoint_frequency"""
-RATES = "actor_lr critic_lr alpha_lr adam_eps max_grad_norm"
-LIMITS = [  # flags, what they may be given all arguments, and the same in words
-    (AT_LEAST_1, lambda x, args: x >= 1, "at least 1"),
-    ("seed", lambda x, args: 0 <= x < 2**63, "in [0, 2^63)"),
-    ("num_threads learning_starts", lambda x, args: x >= 0, "at least 0"),
-    (RATES, lambda x, args: 0 < x < math.inf, "positive and finite"),
-    ("max_q weight_decay dormant_tau", lambda x, args: 0 <= x < math.inf, "at least 0, finite"),
-    ("gamma", lambda x, args: 0 <= x <= 1, "in [0, 1]"),
-    ("tau", lambda x, args: 0 < x <= 1, "in (0, 1]"),
-    ("sparsity srank_delta", lambda x, args: 0 <= x < 1, "in [0, 1)"),
-    ("prune_end", lambda x, args: 0 < x <= 1, "in (0, 1]"),
-    ("prune_start", lambda x, args: 0 <= x < args.prune_end, "in [0, --prune-end {prune_end})"),
-    ("set_zeta", lambda x, args: 0 < x < 1, "in (0, 1)"),
-    ("set_epsilon", lambda x, args: x is None or 0 < x < math.inf, "positive and finite"),
-    (
-        "env_names",
-        lambda x, args: len({*x} & {*ALL_V3_ENVIRONMENTS}) == len(x),
-        "tasks of Meta-World (like reach-v3), each named once",
-    ),
-    (
-        "total_timesteps",
-        lambda x, args: x >= len(task_ids(args)) * EPISODE_STEPS,
-        "at least one episode of every task (500 timesteps each)",
-    ),
-    ("learning_starts", lambda x, args: x < args.total_timesteps, "below {total_timesteps}"),
-    (
-        "buffer_size",
-        lambda x, args: x >= args.batch_size * len(task_ids(args)),
-        "at least one batch (--batch-size {batch_size} of each task)",
-    ),
-    ("device", lambda x, args: x != "cuda" or torch.cuda.is_available(), "auto or cpu: no CUDA"),
-    ("buffer_size", lambda x, args: check_memory(args), "what fits in memory"),
-]
+
+def require(args: Args, names: str, allowed, what: str) -> None:
+    """Raise ValueError for the first of these arguments that is not allowed."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not allowed(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def fail(message: str) -> NoReturn:
-    """End with one line on standard error and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_args(args: Args) -> None:
-    """Refuse values that no run can have, before anything is made."""
-    for names, allowed, what in LIMITS:
-        for name in names.split():
-            value = getattr(args, name)
-            if not allowed(value, args):
-                flag = "--" + name.replace("_", "-")
-                shown = " ".join(value) if isinstance(value, tuple) else value
-                fail(f"{flag} {shown}: must be {what.format(**vars(args))}")
-
-
-def check_memory(args: Args) -> bool:
-    """End with an error where the replay buffer does not fit in the memory of --device."""
-    needed = 3 * args.buffer_size * 4 * (2 * OBS_SIZE + ACTION_SIZE + 2)  # with two copies to save
-    free = available_bytes(args.device)
-    if needed > free:
-        fail(
-            f"--buffer-size {args.buffer_size}: needs {needed:,} bytes, must fit in the {free:,} "
-            "bytes of memory that are available"
-        )
-    return True
-
-
-def available_bytes(device: str) -> int:
-    """Memory that a new tensor on --device may take."""
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(rows["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def check_run(args: Args) -> None:
+    """Raise ValueError for an argument that no script can have."""
+    require(args, "sparsity srank_delta", lambda x: 0 <= x < 1, "in [0, 1)")
+    require(args, "seed dormant_tau", lambda x: 0 <= x < math.inf, "at least 0")
+    counts = "eval_frequency eval_episodes plasticity_frequency plasticity_batch_size"
+    require(args, f"{counts} checkpoint_frequency num_threads", lambda x: x >= 1, "at least 1")
+    require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
+    if args.resume is not None:
+        load_checkpoint(args.resume)
+    elif args.run_dir is not None:
+        is_new = not (Path(args.run_dir) / "checkpoint.pt").exists()
+        require(args, "run_dir", lambda _: is_new, "a folder without a run, to go on: --resume")
 
 
 # Run folder
 
 
 def load_checkpoint(run_dir: str) -> dict:
-    """The checkpoint of a run of this script."""
+    """The checkpoint of a run of this script. Raises ValueError for a folder of anything else."""
     path = Path(run_dir) / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{run_dir}: holds no checkpoint.pt, must be the folder of a run")
-    except OSError as error:
-        fail(f"{str(run_dir)[:200]}: checkpoint.pt must be readable ({error.strerror})")
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        fail(f"{run_dir}: checkpoint.pt is damaged ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("script") != Path(__file__).stem:
-        fail(f"{run_dir}: checkpoint.pt is of another script, must be one of this script")
-    if state["args"].keys() != asdict(Args()).keys():
-        fail(f"{run_dir}: checkpoint.pt has the flags of another version of this script")
-    return state
+    if not path.is_file():
+        raise ValueError(f"--resume {run_dir}: must be the folder of a run, with a checkpoint.pt")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    of_script = checkpoint["script"], checkpoint["args"].keys()
+    if of_script != (Path(__file__).stem, Args.__dataclass_fields__.keys()):
+        raise ValueError(f"--resume {run_dir}: must be a run of this version of {Path(__file__)}")
+    return checkpoint
 
 
 def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
@@ -994,123 +850,45 @@ def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
-def read_args(args: Args) -> Args:
-    """Check the arguments, or take a run's own ones with --device and --num-threads as given."""
-    if args.resume is not None:
-        given = dict(resume=args.resume, device=args.device, num_threads=args.num_threads)
-        if args != Args(**given):
-            fail(f"--resume {args.resume}: only --device and --num-threads may stand beside it")
-        checkpoint = load_checkpoint(args.resume)
-        own = Args(**checkpoint["args"])
-        device = own.device if args.device == "auto" else args.device
-        num_threads = args.num_threads or checkpoint.get("num_threads", own.num_threads)
-        own = replace(own, device=device, num_threads=num_threads)
-        args = replace(own, run_dir=args.resume, resume=args.resume)
-    check_args(args)
-    return args
-
-
-def open_folder(args: Args, name: str) -> tuple[Path, io.TextIOBase]:
-    """The run's folder, made if it is new, by default runs/<name>__<script>__<seed>__<time>, and a
-    lock on it, held as long as the file is open: by the operating system, so that a kill frees it.
-    """
-    default = f"runs/{name}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or default)
-    try:
-        for number in itertools.count(2):
-            try:
-                run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
-                break
-            except FileExistsError:  # another run began in this second
-                if args.run_dir:
-                    raise
-                run_dir = Path(f"{default}_{number}")
-        lock = open(run_dir / "lock", "a+")
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            fail(f"{run_dir}: is in use by {lock.read() or 'another process'}")
-        except (ImportError, OSError):
-            pass  # a system, or a file system, without locks
-        if args.resume is None and [*run_dir.glob("checkpoint.pt"), *run_dir.glob("events.*")]:
-            fail(f"{run_dir}: already holds a run, must be another folder (or --resume it)")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-    except OSError as error:
-        fail(f"{str(run_dir)[:200]}: must be a new or a writable folder ({error.strerror})")
-    return run_dir, lock
-
-
-def open_log(run_dir: Path, args: Args, timestep: int) -> SummaryWriter:
-    """The run's TensorBoard log; readers drop what an earlier process logged after timestep."""
-    if any(run_dir.glob("events.out.tfevents.*")):
-        time.sleep(1)  # they are read in the order of their names, which begin with the second
-    writer = SummaryWriter(str(run_dir), purge_step=timestep + 1)
-    if timestep == 0:
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
-    return writer
+def check_finite(networks: dict[str, nn.Module], timestep: int) -> None:
+    """Raise FloatingPointError where training has diverged."""
+    for name, network in networks.items():
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            raise FloatingPointError(
+                f"timestep {timestep}: a parameter of the {name} is not finite"
+            )
 
 
 class Run:
-    """What surrounds the algorithm: timestep, log, times, checkpoint, signals. SIGINT or SIGTERM
-    drops what is half done of an iteration, saves and ends the run; a second one ends it at once.
-    Numbers that are not finite, a process that died and a full disk end it with one line."""
+    """A run's folder with its log and its checkpoint, its timestep and its progress bar."""
 
-    PROGRESS = ("timestep", "seconds", "evaluation")  # of its own, what a checkpoint holds
-
-    def __init__(self, args, name, device, stride, networks, optimizers, **others):
-        """name: of the default folder; stride: timesteps of an iteration; networks, optimizers (by
-        their networks' names) and others: what else a checkpoint holds, each with state_dict and
-        load_state_dict."""
-        self.args, self.device, self.stride, self.networks = args, device, stride, networks
-        optimizers = {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-        self.parts = networks | optimizers | others
+    def __init__(self, args: Args, name: str, device: str, stride: int, parts: dict):
+        """name: of the default folder; stride: timesteps of an iteration; parts: what a checkpoint
+        holds, by name, each with state_dict and load_state_dict."""
+        self.args, self.stride, self.parts = args, stride, parts
+        self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
         self.last_timestep = args.total_timesteps // stride * stride
-        self.timestep, self.evaluation = 0, {}
-        self.seconds = dict.fromkeys("env inference update sparsify metrics eval".split(), 0.0)
-        self.run_dir, self.lock = open_folder(args, name)
-        self.busy, self.stopped, self.handlers, self.saved_timestep = True, False, {}, -1
-        if args.resume is not None:
-            checkpoint = load_checkpoint(self.run_dir)
-            for name in self.PROGRESS:
-                setattr(self, name, checkpoint[name])
-            for name, part in self.parts.items():
-                part.load_state_dict(checkpoint[name])
-            self.saved_timestep = self.timestep
-        self.take_snapshot()
-
-    def __enter__(self):
-        if self.args.resume is None:
+        script = Path(__file__).stem
+        default = f"runs/{name}__{script}__{args.seed}__{time.time_ns() // 10**6}"
+        self.folder = Path(args.resume or args.run_dir or default)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / "lock")  # the system frees it, however the run ends
+        self.lock.acquire(timeout=0)
+        if args.resume is None:
             self.save()
-        self.start_timestep, self.start_time = self.timestep, time.perf_counter()
-        self.writer = open_log(self.run_dir, self.args, self.timestep)
-        bar = dict(total=self.last_timestep, initial=self.timestep, unit="timestep")
-        self.bar = tqdm(**bar, disable=None if sys.stderr else True)  # None: at a terminal alone
-        if threading.current_thread() is threading.main_thread():
-            numbers = signal.SIGINT, signal.SIGTERM
-            self.handlers = {n: signal.signal(n, self.stop) for n in numbers}
-        self.busy = False
-        return self
-
-    def stop(self, number, frame) -> None:
-        """Ends the iteration at once, or where the run is busy saving, as soon as it is not."""
-        for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
-        self.stopped = True
-        again = f"once more: at once, to go on from timestep {self.saved_timestep}"
-        line = f"\nsaving timestep {self.snapshot['timestep']} before it stops ({again})\n"
-        with suppress(OSError):
-            os.write(2, line.encode())  # print may not be called while it writes
-        if not self.busy:
-            raise KeyboardInterrupt
-
-    def goes_on(self) -> bool:
-        return self.timestep < self.last_timestep and not self.stopped
+        else:
+            self.load()
+        # Logs are read in the order of their names, which begin with the clock's time
+        for i, file in enumerate(sorted(self.folder.glob("events.*"))):
+            file.rename(self.folder / f"events.out.tfevents.{i:010d}")
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.timestep + 1)
+        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
+        print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
+        print(f"to go on after a stop: python {script}.py --resume {quote(str(self.folder))}")
+        seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of the bar
+        bar = dict(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
+        self.bar = tqdm(**bar, mininterval=seconds)
 
     def reached(self, frequency: int, times: float = math.inf) -> bool:
         """Whether this iteration came to one of the first times multiples of frequency (0: off)."""
@@ -1121,97 +899,72 @@ class Run:
         """Whether it did, or is the run's last one."""
         return self.reached(frequency) or self.timestep == self.last_timestep
 
-    @contextmanager
-    def timed(self, phase: str):
-        """Add the wall-clock time of the block to the seconds of a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-
-    def check_finite(self, scalars: dict[str, float]) -> None:
-        """Raise FloatingPointError where a loss or a network's parameter is not finite."""
-        known = {"losses/explained_variance"}  # that of returns that are all the same
-        bad = [name for name in scalars.keys() - known if not math.isfinite(scalars[name])]
-        for name, network in self.networks.items():
-            if not all(parameter.isfinite().all() for parameter in network.parameters()):
-                bad.append(f"a parameter of the {name}")
-        if bad:
-            raise FloatingPointError(f"diverged at timestep {self.timestep}: {bad[0]} not finite")
-
-    def take_snapshot(self) -> None:
-        """Keep what a checkpoint holds, as it is between two iterations."""
-        state = {"script": Path(__file__).stem, "num_threads": torch.get_num_threads()}
-        state["args"] = asdict(replace(self.args, resume=None, run_dir=str(self.run_dir)))
-        state |= {name: getattr(self, name) for name in self.PROGRESS}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        self.snapshot = copy.deepcopy(state)
-
-    def save(self) -> None:
-        """Write atomically: a reader finds the old checkpoint or the new one, never a part."""
-        partial = self.run_dir / f"checkpoint.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as file:
-                torch.save(self.snapshot, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.run_dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:  # torch's writer does not say why
-            partial.unlink(missing_ok=True)
-            raise OSError(f"checkpoint.pt could not be written ({error})") from error
-        self.saved_timestep = self.snapshot["timestep"]
-
-    def end_iteration(self, scalars: dict[str, float], steps: int, shown: str, score: str) -> None:
-        """Log, save if it is time to, and show how it goes: at a terminal a bar with the mean of
-        charts/<shown>, else a line at each evaluation with eval/<score>. steps: environment steps
-        of a timestep."""
-        self.busy = True
-        seconds = time.perf_counter() - self.start_time
-        timesteps = self.timestep - self.start_timestep
-        sps, sparsity = steps * timesteps / seconds, scalars["sparsity/actor"]
-        times = {f"time/{phase}": value for phase, value in self.seconds.items()}
-        for tag, value in (scalars | {"charts/SPS": sps} | times).items():
+    def end_iteration(self, scalars: dict[str, float]) -> None:
+        """Log, show how the run goes, and save a checkpoint if it is time to."""
+        bar = self.bar.format_dict
+        scalars["charts/SPS"] = (self.timestep - bar["initial"]) / bar["elapsed"]
+        for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
-        self.take_snapshot()
+        for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
+            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}")
+        returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
+        self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
+        self.bar.update(self.stride)
         if self.is_due(self.args.checkpoint_frequency):
             self.writer.flush()  # before the checkpoint, so that the log never lags behind it
             self.save()
-        values = [x for tag, x in scalars.items() if tag.startswith(f"charts/{shown}")]
-        mean = np.mean(values or [math.nan])
-        self.bar.set_postfix_str(f"return={mean:.3f}, sparsity={sparsity:.3f}, SPS={sps:.0f}")
-        self.bar.update(self.stride)
-        if self.bar.disable and f"eval/{score}" in scalars:
-            left = (self.last_timestep - self.timestep) * seconds / timesteps
-            values = f"score {scalars[f'eval/{score}']:.3f}, sparsity {sparsity:.3f}"
-            print(f"timestep {self.timestep}: {values}, {left / 60:.0f} min left", flush=True)
-        self.busy = False
 
-    def __exit__(self, kind, error, traceback) -> bool:
-        """End bar and log, save the last whole iteration, and say why and how to go on."""
-        self.busy, self.timestep = True, self.snapshot["timestep"]
+    def save(self) -> None:
+        """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
+        state = {"script": Path(__file__).stem, "timestep": self.timestep}
+        state |= {"args": asdict(self.args) | dict(resume=None, run_dir=None)}
+        state |= {"evaluation": self.evaluation}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        with open(self.folder / "checkpoint.partial", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.folder / "checkpoint.pt")
+
+    def load(self) -> None:
+        """Go on from the checkpoint, and say which arguments have changed since."""
+        state = load_checkpoint(self.folder)
+        self.timestep, self.evaluation = state["timestep"], state["evaluation"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name, before in state["args"].items():
+            now = getattr(self.args, name)
+            if now != before and name not in ("resume", "run_dir"):
+                print(f"--{name.replace('_', '-')} {now} from here on, {before} before")
+
+    def finish(self) -> Path:
+        """Print the last evaluation, a row per task and their mean. Returns the folder."""
         self.bar.close()
-        try:
-            self.writer.close()
-            if self.saved_timestep < self.timestep:
-                self.save()
-        except OSError as failed:
-            error = failed
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.lock.close()
-        go_on = f"to go on from timestep {self.saved_timestep}: --resume {quote(str(self.run_dir))}"
-        if isinstance(error, FloatingPointError | OSError):
-            free = f"{shutil.disk_usage(self.run_dir).free:,} bytes of its disk are free"
-            what = (
-                error
-                if isinstance(error, FloatingPointError | ChildProcessError)
-                else f"{error}, {free}"
-            )
-            print(f"error: {self.run_dir}: {what}; {go_on}", file=sys.stderr)
-            raise SystemExit(1)
-        if self.stopped and self.timestep < self.last_timestep:
-            print(f"stopped at timestep {self.timestep}, {go_on}")
-        return self.stopped and kind is KeyboardInterrupt
+        self.writer.close()
+        self.lock.release()
+        values = np.array([list(column.values()) for column in self.evaluation.values()]).T
+        tasks = [*next(iter(self.evaluation.values())), "mean"]
+        print(f"{'task':26}" + "".join(f"{name.replace('_', ' '):>19}" for name in self.evaluation))
+        for task, row in zip(tasks, [*values, values.mean(0)], strict=True):
+            print(f"{task:26}" + "".join(f"{value:19.3f}" for value in row))
+        print(f"finished: {self.folder}")
+        return self.folder
+
+
+def parse_args() -> Args:
+    """The command line's arguments. With --resume, those of the run are the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    run_dir = parser.parse_known_args()[0].resume
+    try:
+        own = load_checkpoint(run_dir)["args"] if run_dir else {}
+    except ValueError as error:
+        parser.error(str(error))
+    return tyro.cli(Args, default=Args(**own))
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    try:
+        train(parse_args())
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
