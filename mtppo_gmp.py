@@ -12,20 +12,18 @@ and the view alone: networks see each distinct view once, and samples look its o
 
     python mtppo_gmp.py --benchmark MT5 --seed 1
 
-Read this script first. mtppo_set.py trains the same networks with SET instead; ReDo, Reset and
-PCGrad are here alone.
+Read this script first; ReDo, Reset and PCGrad are here alone.
 """
 
 import argparse
+import copy
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from shlex import quote
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -39,7 +37,6 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -103,22 +100,19 @@ class Args:
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
-        require(self, "actor_lr critic_lr clip_coef", lambda x: 0 < x < math.inf, "positive")
-        require(self, "ent_coef weight_decay redo_tau max_resets", lambda x: x >= 0, "at least 0")
-        require(self, "gamma gae_lambda", lambda x: 0 <= x <= 1, "in [0, 1]")
-        require(self, "prune_end", lambda x: 0 < x <= 1, "in (0, 1]")
-        below_end = f"in [0, --prune-end {self.prune_end})"
-        require(self, "prune_start", lambda x: 0 <= x < self.prune_end, below_end)
-        a_rollout = f"at least --num-steps {self.num_steps}"
-        require(self, "total_timesteps", lambda x: x >= self.num_steps, a_rollout)
-        periods = "redo_frequency reset_frequency"
-        require(self, periods, lambda x: x == 0 or x >= self.num_steps, f"0 or {a_rollout}")
-        num_tasks = len(task_ids(self))
-        require(self, "plasticity_buffer_size", lambda x: x >= num_tasks, "at least 1 per task")
-        counts = "num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size"
-        require(self, f"{counts} prune_frequency", lambda x: x >= 1, "at least 1")
-        require(self, "env_ids", lambda x: len({*x}) == len(x), "different tasks")
-        check_tasks(self.env_ids)
+        check = partial(require, self)
+        check("actor_lr critic_lr clip_coef", lambda x: 0 < x < math.inf, "positive")
+        check("ent_coef weight_decay redo_tau max_resets", lambda x: x >= 0, "at least 0")
+        check("gamma gae_lambda", lambda x: 0 <= x <= 1, "in [0, 1]")
+        check("prune_end", lambda x: 0 < x <= 1, "in (0, 1]")
+        check("prune_start", lambda x: 0 <= x < self.prune_end, f"in [0, {self.prune_end})")
+        check("num_steps update_epochs minibatch_size", lambda x: x >= 1, "at least 1")
+        check("critic_epochs critic_minibatch_size prune_frequency", lambda x: x >= 1, "at least 1")
+        least, text = self.num_steps, f"at least --num-steps {self.num_steps}"
+        check("total_timesteps", lambda x: x >= least, text)
+        check("redo_frequency reset_frequency", lambda x: x == 0 or x >= least, f"0 or {text}")
+        check("plasticity_buffer_size", lambda x: x >= len(task_ids(self)), "at least 1 a task")
+        check_tasks(self)
         check_run(self)
 
 
@@ -133,6 +127,9 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_tasks, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_tasks, 1, out_features))
         self.bound = in_features**-0.5  # torch's own for a linear layer
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -self.bound, self.bound)
 
@@ -166,8 +163,8 @@ class MultiHeadNetwork(nn.Module):
         conv2 = F.relu(self.normalise(self.conv2(conv1)))
         conv3 = F.tanh(self.normalise(self.conv3(conv2)))
         features = conv3.permute(0, 2, 3, 1).flatten(1)  # (N, D), place by place
-        by_task = pad_sequence(features.split(counts), batch_first=True)  # (task, max(counts), D)
-        hidden = self.head_hidden(by_task)
+        by_task = [F.pad(x, (0, 0, 0, max(counts) - len(x))) for x in features.split(counts)]
+        hidden = self.head_hidden(torch.stack(by_task))  # (task, max(counts), 128)
         hidden = F.tanh(F.layer_norm(hidden, hidden.shape[-1:]) if self.layer_norm else hidden)
         output = self.head_output(hidden)
         output = torch.cat([rows[:count] for rows, count in zip(output, counts, strict=True)])
@@ -215,24 +212,19 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     scores = {name: weight.abs() for name, weight in weights.items()}
     for name, mask in network.masks.items():
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
-    if scope == "layer":
-        for name, weight in weights.items():
-            rows = scores[name].reshape(network.layers[name], -1)  # (layer, its weights)
-            keep = rows.shape[1] - round(sparsity * rows.shape[1])
-            if keep == 0:
-                raise ValueError(f"leaves none of the {rows.shape[1]} weights of a {name}")
-            network.masks[name] = keep_largest(rows, keep).view_as(weight)
-    elif scope == "global":
-        row = torch.cat([score.flatten() for score in scores.values()])
-        keep = len(row) - round(sparsity * len(row))
-        if keep < sum(network.layers.values()):
-            raise ValueError(f"leaves {keep} weights, fewer than layers")
-        mask = keep_largest(row[None], keep)[0]
-        parts = mask.split([weight.numel() for weight in weights.values()])
-        for (name, weight), part in zip(weights.items(), parts, strict=True):
-            network.masks[name] = part.view_as(weight)
-    else:
-        raise ValueError(f"scope: layer or global, not {scope}")
+    if scope == "layer":  # (layer, its weights)
+        ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
+    else:  # (1, all weights)
+        ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
+    masks = []
+    for rows in ranked:
+        keep = rows.shape[1] - round(sparsity * rows.shape[1])
+        if keep < (1 if scope == "layer" else sum(network.layers.values())):
+            raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
+        masks.append(keep_largest(rows, keep).flatten())
+    masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
+    for (name, weight), mask in zip(weights.items(), masks, strict=True):
+        network.masks[name] = mask.view_as(weight)
     apply_masks(network)
 
 
@@ -248,11 +240,9 @@ def update_masks(networks: dict, args: Args, last_timestep: int, timestep: int) 
     progress = timestep / last_timestep
     sparsity = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
     is_due = timestep % args.prune_frequency == 0 or timestep == last_timestep
-    if sparsity == 0 or not is_due:
-        return False
-    for network in networks.values():
+    for network in networks.values() if is_due and sparsity > 0 else ():
         prune(network, sparsity, args.prune_scope)
-    return True
+    return is_due and sparsity > 0
 
 
 # Interventions: ReDo, Reset, PCGrad
@@ -264,14 +254,6 @@ def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
     for remembered in optimizer.state.get(parameter, {}).values():
         if isinstance(remembered, Tensor) and remembered.shape == parameter.shape:
             remembered.masked_fill_(where, 0.0)
-
-
-@torch.no_grad()
-def draw_parameters(weight: Tensor, bias: Tensor) -> None:
-    """Fill a layer's weight and bias with draws from torch's default distribution for it."""
-    fan_in = weight[0].numel() if weight.dim() == 4 else weight.shape[-1]
-    for tensor in (weight, bias):
-        tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5)
 
 
 @torch.no_grad()
@@ -287,22 +269,18 @@ def redo(network: nn.Module, optimizer, obs: Tensor, tau: float) -> None:
     for layer, following, h, a in zip(layers[:-1], layers[1:], hidden, alive, strict=True):
         if h.dim() == 4:  # a convolution: dormant (C,)
             dormant = a & (plasticity.dormant_scores(h, a) <= tau)
-            incoming, in_bias = dormant[:, None, None, None], dormant
-            if following.weight.dim() == 4:
-                outgoing = dormant[:, None, None]
-            else:  # its features lie place by place
-                outgoing = dormant.repeat(h.shape[2] * h.shape[3])
+            incoming, outgoing = dormant[:, None, None, None], dormant[:, None, None]
+            if following.weight.dim() == 3:  # its features lie place by place
+                outgoing = dormant.repeat(h[0, 0].numel())
         else:  # heads: dormant (task, H)
-            scores = torch.stack(
-                [plasticity.dormant_scores(*task) for task in zip(h, a, strict=True)]
-            )
-            dormant = a & (scores <= tau)
-            incoming, in_bias, outgoing = dormant[:, :, None], dormant[:, None], dormant[:, None]
-        weight, bias = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
-        draw_parameters(weight, bias)
+            scores = [plasticity.dormant_scores(*task) for task in zip(h, a, strict=True)]
+            dormant = a & (torch.stack(scores) <= tau)
+            incoming, outgoing = dormant[:, :, None], dormant[:, None]
+        fresh = copy.deepcopy(layer)
+        fresh.reset_parameters()
         for parameter, where, values in (
-            (layer.weight, incoming, weight),
-            (layer.bias, in_bias, bias),
+            (layer.weight, incoming, fresh.weight),
+            (layer.bias, dormant.view_as(layer.bias), fresh.bias),
             (following.weight, outgoing, torch.zeros_like(following.weight)),
         ):
             parameter.copy_(torch.where(where, values, parameter))
@@ -312,9 +290,8 @@ def redo(network: nn.Module, optimizer, obs: Tensor, tau: float) -> None:
 
 def reset_output(network: nn.Module, optimizer) -> None:
     """Draw every head's output layer anew and drop its optimiser state (Nikishin et al. 2022)."""
-    layer = network.head_output
-    draw_parameters(layer.weight, layer.bias)
-    for parameter in layer.parameters():
+    network.head_output.reset_parameters()
+    for parameter in network.head_output.parameters():
         optimizer.state.pop(parameter, None)
     apply_masks(network)
 
@@ -336,53 +313,19 @@ def project_conflicts(gradients: Tensor) -> Tensor:
 def pcgrad_backward(losses: Tensor, network: nn.Module) -> None:
     """Gradients of the mean of losses (task,), the trunk's after the projection of each task's."""
     losses.mean().backward(retain_graph=True)
-    trunk = [layer for layer in network.layers if layer.startswith("conv")]
-    parameters = [p for layer in trunk for p in network.get_submodule(layer).parameters()]
+    trunk = [name for name in network.layers if name.startswith("conv")]
+    parameters = [p for name in trunk for p in network.get_submodule(name).parameters()]
+    each = torch.eye(len(losses), device=losses.device)
+    gradients = torch.autograd.grad(losses, parameters, each, is_grads_batched=True)
     masks = {network.get_submodule(name).weight: mask for name, mask in network.masks.items()}
-    rows = []
-    for loss in losses:  # pruned weights take no part
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-        pairs = zip(gradients, parameters, strict=True)
-        rows.append(torch.cat([(g * masks.get(p, 1.0)).flatten() for g, p in pairs]))
-    mean = project_conflicts(torch.stack(rows)).mean(0)
-    for p, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+    pairs = zip(gradients, parameters, strict=True)  # pruned weights take no part
+    rows = torch.cat([(g * masks.get(p, 1.0)).flatten(1) for g, p in pairs], dim=1)  # (task, P)
+    mean = project_conflicts(rows).mean(0).split([p.numel() for p in parameters])
+    for p, part in zip(parameters, mean, strict=True):
         p.grad = part.view_as(p)
 
 
-# Acting
-
-
-class PolicyTable:
-    """The policy's log-probs on the host, computed once for each distinct view of each task."""
-
-    def __init__(self, actor: nn.Module, num_tasks: int, device: str):
-        self.actor, self.device = actor, device
-        self.numbers = [{} for _ in range(num_tasks)]  # of each task: bytes of a view -> its number
-        self.views = [[] for _ in range(num_tasks)]  # of each task, by number: arrays (h, w, c)
-        self.log_probs = [[] for _ in range(num_tasks)]  # of the first of them: arrays (action,)
-
-    def number(self, task: int, view: np.ndarray) -> int:
-        """The number of a view among its task's, in the order in which they came."""
-        number = self.numbers[task].setdefault(view.tobytes(), len(self.views[task]))
-        if number == len(self.views[task]):
-            self.views[task].append(view)
-        return number
-
-    @torch.no_grad()
-    def look_up(self, tasks: list[int], numbers: list[int]) -> np.ndarray:
-        """Log-probs (sample, action) of views of these tasks; the actor is run on all new ones."""
-        if any(n >= len(self.log_probs[i]) for i, n in zip(tasks, numbers, strict=True)):
-            pairs = zip(self.views, self.log_probs, strict=True)
-            views, counts = to_batch([own[len(known) :] for own, known in pairs], self.device)
-            new = F.log_softmax(self.actor(views, counts), dim=-1)
-            new = new.cpu().split(counts)  # all that leaves the device
-            for known, rows in zip(self.log_probs, new, strict=True):
-                known.extend(rows.numpy())
-        return np.stack([self.log_probs[i][n] for i, n in zip(tasks, numbers, strict=True)])
-
-    def forget(self) -> None:
-        """To be called when the actor has changed."""
-        self.log_probs = [[] for _ in self.views]
+# PPO
 
 
 def to_device(array: np.ndarray, device: str) -> Tensor:
@@ -390,10 +333,34 @@ def to_device(array: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def to_batch(views: list[list[np.ndarray]], device: str) -> tuple[Tensor, list[int]]:
-    """Each task's views (h, w, c) as one batch (N, h, w, c), task by task; how many of each."""
-    batch = np.stack([view for own in views for view in own])
-    return to_device(batch, device), [len(own) for own in views]
+class PolicyTable:
+    """The policy's log-probs on the host, computed once for each distinct view of each task. A view
+    is known by its key, (task, its bytes); space is that of the views, integers (h, w, c)."""
+
+    def __init__(self, actor: nn.Module, space: gym.spaces.Box, num_tasks: int, device: str):
+        self.actor, self.space, self.num_tasks, self.device = actor, space, num_tasks, device
+        self.log_probs = {}  # key -> (action,)
+
+    def to_batch(self, keys: list[tuple[int, bytes]]) -> tuple[Tensor, list[int]]:
+        """The views (N, h, w, c) of sorted keys, so task by task, and how many are each task's."""
+        views = np.frombuffer(bytearray().join(view for _, view in keys), self.space.dtype)
+        views = to_device(views.reshape(-1, *self.space.shape), self.device)
+        return views, np.bincount([i for i, _ in keys], minlength=self.num_tasks).tolist()
+
+    @torch.no_grad()
+    def look_up(self, keys: list[tuple[int, bytes]]) -> np.ndarray:
+        """Log-probs (len(keys), action); the actor is run on what is new."""
+        if new := sorted({*keys} - self.log_probs.keys()):
+            rows = F.log_softmax(self.actor(*self.to_batch(new)), dim=-1)
+            self.log_probs.update(zip(new, rows.cpu().numpy(), strict=True))  # all that is fetched
+        return np.array([self.log_probs[key] for key in keys])
+
+    def refresh(self, latest=()) -> None:
+        """Run the actor, which has changed, on the known views and latest, (task, n, h, w, c)."""
+        known = [(i, view.tobytes()) for i, own in enumerate(latest) for view in own]
+        known += self.log_probs
+        self.log_probs = {}
+        self.look_up(known)
 
 
 class Rollout(NamedTuple):
@@ -410,41 +377,38 @@ class Rollout(NamedTuple):
     done: Tensor  # bool, terminated or truncated
 
 
-def collect(envs: list, actor, seeds: list[int], num_steps: int, device, timestep=0, renew=None):
+def collect(envs: list, policy: PolicyTable, seeds, num_steps: int, timestep=0, renew=None):
     """Play num_steps steps in each of envs, one per task, from a reset with its seed on. Returns
-    the rollout, and (return, length) of each task's episodes that ended. renew(timestep) follows
+    the rollout and (return, length) of each task's episodes that ended. renew(timestep) follows
     each step but the last, and is True if it changed the actor; timestep: that of the reset."""
-    num_tasks, shape = len(envs), (len(envs), num_steps)
-    policy = PolicyTable(actor, num_tasks, device)
-    noise = np.random.gumbel(size=(num_steps, num_tasks, envs[0].action_space.n))
-    view, next_view, action = np.zeros((3, *shape), np.int64)
-    log_prob, reward = np.zeros((2, *shape), np.float32)
+    shape = len(envs), num_steps
+    noise = np.random.gumbel(size=(num_steps, len(envs), envs[0].action_space.n))
+    action, (log_prob, reward) = np.zeros(shape, np.int64), np.zeros((2, *shape), np.float32)
     terminated, done = np.zeros((2, *shape), bool)
-    episodes = [[] for _ in envs]
-    tasks = range(num_tasks)
-    now = [policy.number(i, envs[i].reset(seed=seeds[i])[0]) for i in tasks]
+    before, after, episodes = ([[] for _ in envs] for _ in range(3))  # keys, and what is returned
+    now = [(i, env.reset(seed=seeds[i])[0].tobytes()) for i, env in enumerate(envs)]
     for step in range(num_steps):
+        log_probs = policy.look_up(now)  # (task, action)
         # Gumbel-max: the argmax of log p + Gumbel noise is a draw from p
-        log_probs = policy.look_up(tasks, now)  # (task, action)
-        actions = (log_probs + noise[step]).argmax(1)
-        view[:, step], action[:, step], log_prob[:, step] = now, actions, log_probs[tasks, actions]
-        for i, chosen in enumerate(actions.tolist()):
-            obs, reward[i, step], terminated[i, step], truncated, info = envs[i].step(chosen)
-            next_view[i, step] = now[i] = policy.number(i, obs)
+        action[:, step] = (log_probs + noise[step]).argmax(1)
+        for i, (env, a) in enumerate(zip(envs, action[:, step].tolist(), strict=True)):
+            obs, reward[i, step], terminated[i, step], truncated, info = env.step(a)
             done[i, step] = terminated[i, step] or truncated
+            log_prob[i, step] = log_probs[i, a]
+            before[i].append(now[i])
+            after[i].append((i, obs.tobytes()))
+            now[i] = after[i][-1]
             if done[i, step]:
                 episodes[i].append((info["episode"]["r"], info["episode"]["l"]))
-                now[i] = policy.number(i, envs[i].reset()[0])
+                now[i] = (i, env.reset()[0].tobytes())
         if renew is not None and step + 1 < num_steps:
             if renew(timestep + step + 1):
-                policy.forget()
-    views, counts = to_batch(policy.views, device)
-    first = np.cumsum([0, *counts[:-1]])[:, None]  # place of each task's first view
-    on_device = [to_device(x, device) for x in (action, log_prob, reward, terminated, done)]
-    return Rollout(views, counts, view + first, next_view + first, *on_device), episodes
-
-
-# PPO
+                policy.refresh()
+    keys = sorted({*chain(*before, *after)})  # each distinct view, task by task
+    place = {key: n for n, key in enumerate(keys)}
+    view, next_view = (np.array([[place[k] for k in own] for own in x]) for x in (before, after))
+    on_device = (to_device(x, policy.device) for x in (action, log_prob, reward, terminated, done))
+    return Rollout(*policy.to_batch(keys), view, next_view, *on_device), episodes
 
 
 def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda: float) -> Tensor:
@@ -464,9 +428,8 @@ def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda:
 def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
     """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
     table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), the value of each view
-    values, next_values = (
-        table[to_device(view, table.device)] for view in (rollout.view, rollout.next_view)
-    )
+    both = rollout.view, rollout.next_view
+    values, next_values = (table[to_device(view, table.device)] for view in both)
     advantages = gae(rollout, values, next_values, args.gamma, args.gae_lambda)
     returns = advantages + values
     explained_variance = 1 - advantages.var() / returns.var()
@@ -477,9 +440,8 @@ def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
 
 def minibatches(rollout: Rollout, size: int):
     """Cut each task's steps, in an order of its own, into minibatches of at most size: the steps
-    (task, batch), the distinct views they began with (n, h, w, c), how many of these are each
-    task's, and which of them each step began with, (task, batch). All is worked out on the host,
-    so that nothing waits for the device."""
+    (task, batch), the distinct views they began with (n, h, w, c), how many are each task's, which
+    each step began with (task, batch). Worked out on the host, so nothing waits for the device."""
     device, num_tasks = rollout.views.device, len(rollout.counts)
     task_of_view = np.repeat(np.arange(num_tasks), rollout.counts)
     order = np.random.random(rollout.view.shape).argsort(1)
@@ -556,15 +518,12 @@ def train(args: Args) -> Path:
     seed_all(args.seed, NETWORKS, 0)
     networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
+    lrs = {"actor": args.actor_lr, "critic": args.critic_lr}
     adam = partial(Adam, weight_decay=args.weight_decay, fused=True)
-    optimizers = {
-        "actor": adam(actor.parameters(), args.actor_lr),
-        "critic": adam(critic.parameters(), args.critic_lr),
-    }
+    optimizers = {name: adam(networks[name].parameters(), lr) for name, lr in lrs.items()}
     space = envs[0].observation_space
-    buffer = plasticity.ObservationBuffer(
-        args.plasticity_buffer_size, num_tasks, space.shape, torch.uint8, device
-    )
+    dtype, size = torch.as_tensor(space.sample()).dtype, args.plasticity_buffer_size
+    buffer = plasticity.ObservationBuffer(size, num_tasks, space.shape, dtype, device)
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
     name = "custom" if args.env_ids else args.benchmark
     parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
@@ -575,9 +534,9 @@ def train(args: Args) -> Path:
     while run.timestep < run.last_timestep:
         # Collect, with masks updated on the way
         env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
-        rollout, episodes = collect(
-            envs, actor, env_seeds, args.num_steps, device, run.timestep, renew
-        )
+        policy = PolicyTable(actor, space, num_tasks, device)
+        policy.refresh(buffer.latest(args.num_steps).cpu().numpy())  # most come again
+        rollout, episodes = collect(envs, policy, env_seeds, args.num_steps, run.timestep, renew)
         buffer.add(rollout.views[to_device(rollout.view, device)])
         run.timestep += args.num_steps
 
@@ -587,7 +546,8 @@ def train(args: Args) -> Path:
         losses |= update_actor(actor, optimizers["actor"], rollout, advantages, args, backward)
         losses["explained_variance"] = explained_variance
         scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-        check_finite(networks, run.timestep)
+        if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
+            raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
         renew(run.timestep)
 
         # Measure and evaluate
@@ -597,10 +557,10 @@ def train(args: Args) -> Path:
             seed_all(args.seed, METRICS, run.timestep)
             scalars |= measure_plasticity(networks, buffer.sample(metrics_size), args)
         if run.is_due(args.eval_frequency):
-            env_seeds = seed_all(
-                args.seed, EVALUATION, run.timestep, num_tasks * args.eval_episodes
-            )
-            run.evaluation = summarize(tasks, evaluate(actor, eval_envs, env_seeds, device))
+            num_episodes = num_tasks * args.eval_episodes
+            env_seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
+            policy.refresh()
+            run.evaluation = summarize(tasks, evaluate(policy, eval_envs, env_seeds))
             scalars |= tags("eval", run.evaluation)
             scores = run.evaluation["normalized_return"]
             scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
@@ -608,11 +568,12 @@ def train(args: Args) -> Path:
         # Intervene: after the evaluation of what was trained, before the next acting
         if run.timestep < run.last_timestep:
             seed_all(args.seed, INTERVENTIONS, run.timestep)
-            if run.reached(args.redo_frequency):
+            if run.is_due(args.redo_frequency):
                 sample = buffer.sample(metrics_size)
                 for name, network in networks.items():
                     redo(network, optimizers[name], sample, args.redo_tau)
-            if run.reached(args.reset_frequency, args.max_resets):
+            resets_end = args.reset_frequency * (args.max_resets + 1)
+            if run.is_due(args.reset_frequency) and run.timestep < resets_end:
                 for name, network in networks.items():
                     reset_output(network, optimizers[name])
 
@@ -620,10 +581,8 @@ def train(args: Args) -> Path:
     return run.finish()
 
 
-# ======== Support: what surrounds the algorithm ========
+# ======== Support: tasks, seeds, evaluation, metrics, arguments, checkpoints, logs ========
 
-
-# Tasks and environments
 
 # Return of the shortest path, 1 - 0.9 * optimal steps / max steps, of each task of MT7
 BEST_RETURN = {
@@ -635,12 +594,11 @@ BEST_RETURN = {
     "SimpleCrossingS9N2": 1 - 0.9 * 15 / 324,
     "MultiRoom-N2-S4": 1 - 0.9 * 5 / 40,
 }
-NUM_TASKS = {"MT3": 3, "MT5": 5, "MT7": 7}  # the first of them
 
 
 def task_ids(args: Args) -> list[str]:
-    """Gymnasium ids of the run's tasks."""
-    tasks = list(BEST_RETURN)[: NUM_TASKS[args.benchmark]]
+    """Gymnasium ids of the run's tasks: MT3 is the first three of MT7, MT5 the first five."""
+    tasks = list(BEST_RETURN)[: int(args.benchmark.removeprefix("MT"))]
     return list(args.env_ids) or [f"MiniGrid-{task}-v0" for task in tasks]
 
 
@@ -651,16 +609,15 @@ def remember_views(env: gym.Env) -> None:
     """Make a MiniGrid environment draw the view of each state of its grid once: that takes most of
     a step, and states come again and again. All environments of a task share what they remember."""
     game = env.unwrapped
-    for method in ("gen_obs", "gen_obs_grid"):
-        if getattr(type(game), method, None) is not getattr(MiniGridEnv, method):
-            return  # it has views of its own
+    if not isinstance(game, MiniGridEnv) or type(game).gen_obs is not MiniGridEnv.gen_obs:
+        return  # it has views of its own
     draw = game.gen_obs
 
     def gen_obs():
         cells = [(0,) if cell is None else cell.encode() for cell in game.grid.grid]
-        place = (game.grid.width, *game.agent_pos, game.agent_dir)
+        place = game.grid.width, *game.agent_pos, game.agent_dir
         carried = game.carrying and game.carrying.encode()
-        state = (env.spec.id, place, carried, bytes(chain.from_iterable(cells)))
+        state = env.spec.id, place, carried, bytes(chain.from_iterable(cells))
         if state not in VIEWS:
             if len(VIEWS) >= 50_000:  # about 50 MB
                 VIEWS.clear()
@@ -680,44 +637,37 @@ def make_env(env_id: str) -> gym.Env:
 
 def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     """Actor and critic of the run's tasks, drawn anew."""
-    env_ids = task_ids(args)
-    env = make_env(env_ids[0])
+    env, num_tasks = make_env(task_ids(args)[0]), len(task_ids(args))
     outputs = {"actor": int(env.action_space.n), "critic": 1}
-    shape = env.observation_space.shape
-    networks = {name: MultiHeadNetwork(shape, len(env_ids), n, args) for name, n in outputs.items()}
-    return {name: network.to(device) for name, network in networks.items()}
+    make = partial(MultiHeadNetwork, env.observation_space.shape, num_tasks)
+    return {name: make(size, args).to(device) for name, size in outputs.items()}
 
 
 NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)
 
 
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
-    """Seed torch and NumPy for one purpose at one timestep; returns seeds for environments. So
-    neither evaluation nor metrics disturb training, and a resumed run needs no generator's state.
-    """
+    """Seed torch and NumPy for a purpose at a timestep; returns seeds for environments. So neither
+    evaluation nor metrics disturb training, and a resumed run needs no generator's state."""
     seeds = np.random.SeedSequence((seed, purpose, timestep)).generate_state(1 + num_envs).tolist()
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])
     return seeds[1:]
 
 
-# Evaluation and metrics
-
-
-def evaluate(actor: nn.Module, envs: list[list[gym.Env]], seeds: list[int], device) -> list[list]:
+def evaluate(policy: PolicyTable, envs: list[list[gym.Env]], seeds: list[int]) -> list[list]:
     """Play one episode in each of envs[task][episode] with actions drawn from the policy; returns
     (return, length) of each task's."""
-    policy = PolicyTable(actor, len(envs), device)
     episodes = [[] for _ in envs]
-    running = {}  # (task, episode) -> the number of its view
+    running = {}  # (task, episode) -> the key of its view
     for (i, j), seed in zip(np.ndindex(len(envs), len(envs[0])), seeds, strict=True):
-        running[i, j] = policy.number(i, envs[i][j].reset(seed=seed)[0])
+        running[i, j] = (i, envs[i][j].reset(seed=seed)[0].tobytes())
     while running:
-        log_probs = policy.look_up([i for i, _ in running], list(running.values()))
+        log_probs = policy.look_up(list(running.values()))
         actions = (log_probs + np.random.gumbel(size=log_probs.shape)).argmax(1).tolist()
         for (i, j), action in zip(list(running), actions, strict=True):
             obs, _, terminated, truncated, info = envs[i][j].step(action)
-            running[i, j] = policy.number(i, obs)
+            running[i, j] = (i, obs.tobytes())
             if terminated or truncated:
                 episodes[i].append((info["episode"]["r"], info["episode"]["l"]))
                 del running[i, j]
@@ -753,17 +703,10 @@ def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) 
         metrics[f"plasticity/{name}_dormant_ratio"] = dormant
         rank = plasticity.effective_rank(features, args.srank_delta)
         metrics[f"plasticity/{name}_effective_rank"] = rank
-    log_probs = partial(policy_log_probs, actor, obs, counts)
-    metrics["plasticity/fisher_trace"] = plasticity.fisher_trace(actor, log_probs, actor.masks)
-    return metrics
-
-
-def policy_log_probs(actor: nn.Module, obs: Tensor, counts: list[int]) -> Tensor:
-    """Of all actions (N, action), for obs (N, h, w, c)."""
-    return F.log_softmax(actor(obs, counts), dim=-1)
-
-
-# Checks of the arguments
+    fisher_trace = plasticity.fisher_trace(
+        actor, lambda: F.log_softmax(actor(obs, counts), dim=-1), actor.masks
+    )
+    return metrics | {"plasticity/fisher_trace": fisher_trace}
 
 
 def require(args: Args, names: str, allowed, what: str) -> None:
@@ -774,23 +717,21 @@ def require(args: Args, names: str, allowed, what: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def check_tasks(env_ids: tuple[str, ...]) -> None:
+def check_tasks(args: Args) -> None:
     """Raise ValueError for a task that no run can have."""
-    spaces = []
-    for env_id in env_ids:
+    require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "tasks that are named once")
+    for env_id in args.env_ids:
         try:
-            env = make_env(env_id)
+            env, first = make_env(env_id), make_env(args.env_ids[0])
             env.reset(seed=0)  # some find here alone that they cannot
         except Exception as error:  # an environment may raise anything
             raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
         view, actions = env.observation_space, env.action_space
-        spaces.append((view, actions))
-        is_image = np.issubdtype(view.dtype, np.integer) and len(view.shape) == 3
-        if not (is_image and min(view.shape[:2]) > 3 and isinstance(actions, gym.spaces.Discrete)):
-            what = "discrete actions and an integer image (h, w, c) of 4 x 4 or more"
-            raise ValueError(f"--env-ids {env_id}: must have {what}, not {actions}, {view}")
-        if spaces[-1] != spaces[0]:
-            raise ValueError(f"--env-ids {env_id}: {spaces[-1]} must equal the first's {spaces[0]}")
+        fits = np.issubdtype(view.dtype, np.integer) and len(view.shape) == 3
+        fits = fits and min(view.shape[:2]) > 3 and isinstance(actions, gym.spaces.Discrete)
+        if not fits or (view, actions) != (first.observation_space, first.action_space):
+            what = "discrete actions and an integer image of 4 x 4 or more, the first task's too"
+            raise ValueError(f"--env-ids {env_id}: must have {what}, not {actions} and {view}")
 
 
 def check_run(args: Args) -> None:
@@ -800,26 +741,18 @@ def check_run(args: Args) -> None:
     counts = "eval_frequency eval_episodes plasticity_frequency plasticity_batch_size"
     require(args, f"{counts} checkpoint_frequency num_threads", lambda x: x >= 1, "at least 1")
     require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
-    if args.resume is not None:
-        load_checkpoint(args.resume)
-    elif args.run_dir is not None:
-        is_new = not (Path(args.run_dir) / "checkpoint.pt").exists()
-        require(args, "run_dir", lambda _: is_new, "a folder without a run, to go on: --resume")
-
-
-# Run folder
+    is_new = args.resume or not args.run_dir or not Path(args.run_dir, "checkpoint.pt").exists()
+    require(args, "run_dir", lambda _: is_new, "a folder without a run, or given to --resume")
 
 
 def load_checkpoint(run_dir: str) -> dict:
-    """The checkpoint of a run of this script. Raises ValueError for a folder of anything else."""
-    path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"--resume {run_dir}: must be the folder of a run, with a checkpoint.pt")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    of_script = checkpoint["script"], checkpoint["args"].keys()
-    if of_script != (Path(__file__).stem, Args.__dataclass_fields__.keys()):
-        raise ValueError(f"--resume {run_dir}: must be a run of this version of {Path(__file__)}")
-    return checkpoint
+    """The checkpoint of a run of this script. Raises ValueError for any other folder."""
+    path = Path(run_dir, "checkpoint.pt")
+    state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": "nothing"}
+    if state["script"] != Path(__file__).stem or state["args"].keys() != vars(Args()).keys():
+        what = f"the folder of a run of this version of {Path(__file__).name}"
+        raise ValueError(f"--resume {run_dir}: must be {what}, holds one of {state['script']}")
+    return state
 
 
 def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
@@ -829,15 +762,6 @@ def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     actor = make_networks(args)["actor"]
     actor.load_state_dict(checkpoint["actor"])
     return actor.eval().requires_grad_(False), args, task_ids(args)
-
-
-def check_finite(networks: dict[str, nn.Module], timestep: int) -> None:
-    """Raise FloatingPointError where training has diverged."""
-    for name, network in networks.items():
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            raise FloatingPointError(
-                f"timestep {timestep}: a parameter of the {name} is not finite"
-            )
 
 
 class Run:
@@ -855,10 +779,12 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "lock")  # the system frees it, however the run ends
         self.lock.acquire(timeout=0)
-        if args.resume is None:
-            self.save()
-        else:
-            self.load()
+        if args.resume is not None:
+            state = load_checkpoint(self.folder)
+            self.timestep, self.evaluation = state["timestep"], state["evaluation"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
             file.rename(self.folder / f"events.out.tfevents.{i:010d}")
@@ -866,19 +792,13 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"to go on after a stop: python {script}.py --resume {quote(str(self.folder))}")
-        seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of the bar
-        bar = dict(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
-        self.bar = tqdm(**bar, mininterval=seconds)
-
-    def reached(self, frequency: int, times: float = math.inf) -> bool:
-        """Whether this iteration came to one of the first times multiples of frequency (0: off)."""
-        multiples = self.timestep // frequency if frequency else 0
-        return 0 < multiples <= times and self.timestep % frequency < self.stride
+        print(f"after a stop: python {script}.py --resume {self.folder}", flush=True)
+        self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
-        """Whether it did, or is the run's last one."""
-        return self.reached(frequency) or self.timestep == self.last_timestep
+        """Whether this iteration came to a multiple of frequency (0: never) or is the last one."""
+        came = frequency > 0 and self.timestep % frequency < self.stride
+        return came or self.timestep == self.last_timestep
 
     def end_iteration(self, scalars: dict[str, float]) -> None:
         """Log, show how the run goes, and save a checkpoint if it is time to."""
@@ -887,7 +807,8 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
         for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
-            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}")
+            score = f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}"
+            self.bar.write(score, file=sys.stderr)
         returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
         self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
         self.bar.update(self.stride)
@@ -897,55 +818,35 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
-        state = {"script": Path(__file__).stem, "timestep": self.timestep}
-        state |= {"args": asdict(self.args) | dict(resume=None, run_dir=None)}
-        state |= {"evaluation": self.evaluation}
+        state = dict(script=Path(__file__).stem, timestep=self.timestep, evaluation=self.evaluation)
+        state["args"] = asdict(self.args) | dict(resume=None, run_dir=None)
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        with open(self.folder / "checkpoint.partial", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")
-
-    def load(self) -> None:
-        """Go on from the checkpoint, and say which arguments have changed since."""
-        state = load_checkpoint(self.folder)
-        self.timestep, self.evaluation = state["timestep"], state["evaluation"]
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        for name, before in state["args"].items():
-            now = getattr(self.args, name)
-            if now != before and name not in ("resume", "run_dir"):
-                print(f"--{name.replace('_', '-')} {now} from here on, {before} before")
+        partial_file = self.folder / "checkpoint.partial"
+        torch.save(state, partial_file)
+        partial_file.replace(self.folder / "checkpoint.pt")
 
     def finish(self) -> Path:
         """Print the last evaluation, a row per task and their mean. Returns the folder."""
         self.bar.close()
         self.writer.close()
-        self.lock.release()
-        values = np.array([list(column.values()) for column in self.evaluation.values()]).T
-        tasks = [*next(iter(self.evaluation.values())), "mean"]
-        print(f"{'task':26}" + "".join(f"{name.replace('_', ' '):>19}" for name in self.evaluation))
-        for task, row in zip(tasks, [*values, values.mean(0)], strict=True):
-            print(f"{task:26}" + "".join(f"{value:19.3f}" for value in row))
+        columns = self.evaluation.values()
+        print(f"{'task':20}", *(f"{what.replace('_', ' '):>18}" for what in self.evaluation))
+        for task in next(iter(columns)):
+            print(f"{task:20}", *(f"{column[task]:18.3f}" for column in columns))
+        print(f"{'mean':20}", *(f"{np.mean([*column.values()]):18.3f}" for column in columns))
         print(f"finished: {self.folder}")
         return self.folder
 
 
-def parse_args() -> Args:
-    """The command line's arguments. With --resume, those of the run are the defaults."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
+    parser.add_argument("--resume")  # of a run whose arguments are the defaults of this one's
     run_dir = parser.parse_known_args()[0].resume
     try:
         own = load_checkpoint(run_dir)["args"] if run_dir else {}
     except ValueError as error:
         parser.error(str(error))
-    return tyro.cli(Args, default=Args(**own))
-
-
-if __name__ == "__main__":
     try:
-        train(parse_args())
+        train(tyro.cli(Args, default=Args(**own)))
     except FloatingPointError as error:
         sys.exit(f"error: {error}")

@@ -227,6 +227,12 @@ class ObservationBuffer:
         slot = torch.randint(min(self.added, capacity), (num_tasks, size), device=device)
         return self.observations[torch.arange(num_tasks, device=device)[:, None], slot]
 
+    def latest(self, size: int) -> Tensor:
+        """The latest size observations of each task, or all there are: (task, n, *obs_shape)."""
+        capacity = self.observations.shape[1]
+        last = torch.arange(max(0, self.added - min(size, capacity)), self.added)
+        return self.observations[:, last.to(self.observations.device) % capacity]
+
     def state_dict(self) -> dict:
         """What load_state_dict takes."""
         return {"observations": self.observations, "added": self.added}
