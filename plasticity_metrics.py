@@ -29,7 +29,7 @@ def dormant_scores(activation: Tensor, alive: Tensor | None = None) -> Tensor:
         alive = torch.ones(neurons, dtype=torch.bool, device=activation.device)
     if alive.shape != (neurons,) or alive.dtype != torch.bool:
         raise ValueError(f"alive: bool ({neurons},), not {alive.dtype} {tuple(alive.shape)}")
-    magnitude = activation.abs().transpose(0, 1).flatten(1).mean(1)  # (neurons,)
+    magnitude = activation.double().abs().transpose(0, 1).flatten(1).mean(1)  # (neurons,)
     layer_mean = magnitude[alive].mean() if alive.any() else magnitude.new_zeros(())
     return torch.where(layer_mean > 0, magnitude / layer_mean, 0.0)
 

@@ -54,6 +54,16 @@ def test_a_score_of_tau_is_dormant():
     assert dormant_ratio([activation], tau=0.49) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.float32])
+def test_scores_of_any_numbers(dtype):
+    activation = torch.zeros(2, 1000, dtype=dtype)
+    activation[:, 0] = 1 if not dtype.is_floating_point else torch.finfo(dtype).smallest_normal / 8
+    assert dormant_scores(activation)[:2].tolist() == [1000.0, 0.0]
+    if dtype.is_floating_point:
+        activation.fill_(torch.finfo(dtype).max)
+        assert dormant_scores(activation).tolist() == [1.0] * 1000
+
+
 def test_a_silent_layer_is_dormant_as_a_whole():
     assert dormant_ratio([torch.zeros(3, 4), torch.ones(3, 4)]) == 0.5
 
