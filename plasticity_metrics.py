@@ -167,6 +167,14 @@ def _gradient_norm(name, layer, x, output, num_samples, masks):
     return norm
 
 
+def _check_masks(masks: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """ValueError for a mask of a layer that has none of these weights, or of another shape."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name, mask in masks.items():
+        if shapes.get(name) != tuple(mask.shape):
+            raise ValueError(f"mask {name}: {tuple(mask.shape)}, where the weights are {shapes}")
+
+
 def alive_neurons(network: nn.Module) -> list[Tensor]:
     """Which neurons of each hidden layer have an unmasked incoming weight: bool (C,) of a
     convolution, (H,) of a linear layer, (stack, H) of stacked ones.
@@ -174,10 +182,10 @@ def alive_neurons(network: nn.Module) -> list[Tensor]:
     network.layers names its layers in order, the output's last; network.masks has ones and zeros
     in the shape of the weights of those that are pruned.
     """
-    alive = []
+    alive, weights = [], {name: network.get_submodule(name).weight for name in network.layers}
+    _check_masks(network.masks, weights)
     for name in list(network.layers)[:-1]:
-        weight = network.get_submodule(name).weight
-        mask = network.masks.get(name, torch.ones_like(weight))
+        mask = network.masks.get(name, torch.ones_like(weights[name]))
         alive.append(mask.any(-1) if mask.dim() == 3 else mask.flatten(1).any(-1))
     return alive
 
@@ -189,7 +197,9 @@ def measure_sparsity(networks: dict[str, nn.Module]) -> dict[str, float]:
     """
     shares = {}
     for name, network in networks.items():
-        sizes = {layer: network.get_submodule(layer).weight.numel() for layer in network.layers}
+        weights = {layer: network.get_submodule(layer).weight for layer in network.layers}
+        _check_masks(network.masks, weights)
+        sizes = {layer: weight.numel() for layer, weight in weights.items()}
         masked = {layer: (mask == 0).sum().item() for layer, mask in network.masks.items()}
         shares[f"sparsity/{name}"] = sum(masked.values()) / sum(sizes.values())
         for layer, size in sizes.items():

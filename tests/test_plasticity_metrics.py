@@ -283,6 +283,16 @@ def test_sparsity_is_the_share_of_masked_weights():
     }
 
 
+@pytest.mark.parametrize("name, mask", [("conv.weight", (3, 2, 2, 2)), ("conv", (3, 1, 1, 1))])
+def test_masks_must_be_those_of_the_layers(name, mask):
+    network = Masked()
+    network.masks[name] = torch.ones(mask)
+    with pytest.raises(ValueError, match=f"mask {name}"):
+        alive_neurons(network)
+    with pytest.raises(ValueError, match=f"mask {name}"):
+        measure_sparsity({"actor": network})
+
+
 def held(buffer):
     """What a buffer of few observations (1,) holds of each task: far more draws than those."""
     return [set(task.flatten().tolist()) for task in buffer.sample(500)]
