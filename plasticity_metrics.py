@@ -6,6 +6,8 @@ function raises ValueError on input it cannot measure (empty, NaN, wrong shape),
 returns a made-up number.
 """
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ def dormant_scores(activation: Tensor, alive: Tensor | None = None) -> Tensor:
         alive = torch.ones(neurons, dtype=torch.bool, device=activation.device)
     if alive.shape != (neurons,) or alive.dtype != torch.bool:
         raise ValueError(f"alive: bool ({neurons},), not {alive.dtype} {tuple(alive.shape)}")
-    magnitude = activation.abs().transpose(0, 1).flatten(1).mean(1)  # (neurons,)
+    magnitude = activation.double().abs().transpose(0, 1).flatten(1).mean(1)  # (neurons,)
     layer_mean = magnitude[alive].mean() if alive.any() else magnitude.new_zeros(())
     return torch.where(layer_mean > 0, magnitude / layer_mean, 0.0)
 
@@ -83,39 +85,46 @@ def fisher_trace(model: nn.Module, policy, masks: dict[str, Tensor] | None = Non
     """Trace of the Fisher matrix of a policy over discrete actions, exact over the actions.
 
     The mean over samples of sum_a pi(a|s) ||grad_theta log pi(a|s)||^2, gradients per sample.
-    policy: a function of no argument that runs model once on a batch and returns the
+    policy: a function of no argument that runs model, not compiled, once on a batch and returns the
     log-probabilities (..., A) of all actions; a sample is one entry of the leading axes.
     masks: layer name -> mask of its weight, ones and zeros; pruned weights do not count.
 
-    Every parameter must belong to an nn.Conv2d or to a linear layer (a weight (..., out, in)
-    that acts as x @ weight.mT + bias) that sees each sample as one row. The gradient of such a
-    layer for one sample follows from its input x and the gradient d at its output: d x^T for a
-    linear layer, whose squared entries are d^2 (x^2)^T and need not be stored per sample.
-    Memory is then that of one backward pass and one convolution's gradients per sample.
-    Raises ValueError for any other layer. Source: Amari 1998 for the Fisher matrix; Goodfellow
-    2015, arXiv 1510.01799, for the norms of per-sample gradients.
+    Every parameter must be the weight or bias of an nn.Conv2d or of a linear layer (a weight
+    (..., out, in) that acts as x @ weight.mT + bias) that sees each sample as one row. The gradient
+    of such a layer for one sample follows from its input x and the gradient d at its output: d x^T
+    for a linear layer, whose squared entries are d^2 (x^2)^T and need not be stored per sample.
+    Memory is then that of one backward pass. Raises ValueError for any other layer, also where
+    autograd alone shows it (the weight is computed or shared, samples mix). Source: Amari 1998 for
+    the Fisher matrix; Goodfellow 2015, arXiv 1510.01799, for the norms of per-sample gradients.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if next(layer.parameters(recurse=False), None) is not None
-    }
+    layers, parameters, masks = {}, {}, masks or {}
+    for name, layer in model.named_modules():
+        own = dict(layer.named_parameters(recurse=False))
+        if own and not {"weight"} <= own.keys() <= {"weight", "bias"}:
+            raise ValueError(f"layer {name}: has {', '.join(own)}, not weight, or weight and bias")
+        if not all(parameter.requires_grad for parameter in own.values()):
+            raise ValueError(f"layer {name}: is frozen, call model.requires_grad_() first")
+        if own:
+            layers[name] = layer
+            parameters[name] = [own[kind] for kind in ("weight", "bias") if kind in own]
     if not layers:
         raise ValueError("model: has no parameters")
+    _check_masks(masks, {name: layer.weight for name, layer in layers.items()})
     calls = {name: [] for name in layers}
-    hooks = [
-        layer.register_forward_hook(
-            lambda _, inputs, output, name=name: calls[name].append((inputs[0].detach(), output))
-        )
-        for name, layer in layers.items()
-    ]
+
+    def keep(name, _, inputs, output):
+        if len(inputs) != 1 or not isinstance(output, Tensor) or not output.requires_grad:
+            raise ValueError(f"layer {name}: does not map one tensor to one with a gradient")
+        calls[name].append((inputs[0].detach(), output))
+        return output.clone()  # an activation in place overwrites the copy alone
+
+    hooks = [layer.register_forward_hook(partial(keep, name)) for name, layer in layers.items()]
     try:
         log_probs = policy()
     finally:
         for hook in hooks:
             hook.remove()
-    num_samples = log_probs[..., 0].numel()
-    if num_samples == 0:
+    if log_probs.dim() == 0 or log_probs.numel() == 0:
         raise ValueError(f"log-probabilities: (..., A), not {tuple(log_probs.shape)}")
     if not log_probs.exp().isfinite().all():
         raise ValueError("log-probabilities: hold NaN or infinity")
@@ -123,48 +132,91 @@ def fisher_trace(model: nn.Module, policy, masks: dict[str, Tensor] | None = Non
         if len(seen) != 1:
             raise ValueError(f"layer {name}: called {len(seen)} times in a forward, not once")
 
-    norms = [
-        _gradient_norm(name, layers[name], *seen[0], num_samples, masks or {})
-        for name, seen in calls.items()
-    ]
+    num_samples = log_probs[..., 0].numel()
+    sums = {  # layer -> (d, power) -> sums over samples of that power of its masked gradients
+        name: _gradient_sums(name, layer, parameters[name], *calls[name][0], num_samples, masks)
+        for name, layer in layers.items()
+    }
     outputs = [output for ((_, output),) in calls.values()]
+    gradient = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
     weights = log_probs.detach().exp().sqrt()  # sqrt(pi): squared again with the gradient
-    total = torch.zeros((), dtype=torch.float64, device=log_probs.device)
+    device = log_probs.device
+
+    # A test of the layers' formula: the gradient for half of the samples and all actions, each with
+    # a factor of its own, must be autograd's, and the other samples must not reach the same rows.
+    factors = torch.arange(num_samples, device=device).mul(2).cos().view_as(log_probs[..., :1])
+    mixed = weights * log_probs * torch.arange(log_probs.shape[-1], device=device).cos()
+    tensors = [*outputs, *model.parameters()]
+    half = dict(zip(tensors, gradient((factors.clamp_min(0) * mixed).sum(), tensors), strict=True))
+    others = gradient((factors.clamp_max(0) * mixed).sum(), outputs)
+    for name, d, other in zip(layers, (half[output] for output in outputs), others, strict=True):
+        weight, *bias = (half[parameter] for parameter in parameters[name])
+        true, made = [weight * masks.get(name, 1), *bias], sums[name](d, 1)
+        error = sum((x - y).square().sum() for x, y in zip(made, true, strict=True))
+        if not error <= 1e-4 * sum(x.square().sum() for x in made):  # nor NaN
+            raise ValueError(f"layer {name}: autograd gives another gradient (computed weight?)")
+        if ((d != 0) & (other != 0)).any():
+            raise ValueError(f"layer {name}: one of its rows acts on several samples")
+
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for a in range(log_probs.shape[-1]):
-        weighted = (weights[..., a] * log_probs[..., a]).sum()
-        gradients = torch.autograd.grad(weighted, outputs, retain_graph=True)
-        total += sum(norm(d) for norm, d in zip(norms, gradients, strict=True))
+        gradients = gradient((weights[..., a] * log_probs[..., a]).sum(), outputs)
+        for name, d in zip(layers, gradients, strict=True):
+            total += sum(x.sum() for x in sums[name](d, 2))
     return total.item() / num_samples
 
 
-def _gradient_norm(name, layer, x, output, num_samples, masks):
-    """Make the function that maps the gradient d at a layer's output, one sample in each row,
-    to the squared norms of the gradients of the layer's parameters, summed over samples."""
-    weight, bias = layer.weight, layer.bias
+def _gradient_sums(name, layer, parameters, x, output, num_samples, masks):
+    """Make the function that maps the gradient d at a layer's output, one sample in each row, to
+    the gradients of its parameters, masked, to some power (1 or 2) and summed over samples."""
+    weight, *bias = parameters
     mask = masks.get(name, torch.ones_like(weight))
-    if isinstance(layer, nn.Conv2d) and len(x) == num_samples:
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    x = x.to(torch.promote_types(weight.dtype, torch.float32))  # half floats lack the range
+    if (
+        isinstance(layer, nn.Conv2d)
+        and x.shape[:-3] == (num_samples,)
+        and not isinstance(layer.padding, str)
+    ):
+        height, width = layer.padding
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, (width, width, height, height), mode)
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)
         patches = patches.unflatten(1, (layer.groups, -1)).mT  # (N, groups, places, in * k * k)
+        patches = patches.contiguous().split(64)  # few samples at once: less memory, faster
 
-        def norm(d):
-            d = d.flatten(2)  # (N, out, places)
-            squares = (d.unflatten(1, (layer.groups, -1)) @ patches).square_().sum(0)
-            in_bias = 0 if bias is None else d.sum(2).square().sum()
-            return (squares.view_as(weight) * mask).sum() + in_bias
+        def sums(d, power):
+            d = d.to(x.dtype).flatten(2)  # (N, out, places)
+            pairs = zip(d.unflatten(1, (layer.groups, -1)).split(64), patches, strict=True)
+            in_weight = sum((some @ patch).pow_(power).sum(0) for some, patch in pairs)
+            in_bias = d.sum(2).pow(power).sum(0)
+            return [in_weight.view_as(weight) * mask, in_bias][: len(parameters)]
 
     elif (
-        weight.dim() >= 2
+        x.dim() >= weight.dim() >= 2
         and x.shape[:-1].numel() == num_samples
-        and torch.allclose(x @ weight.mT + (0 if bias is None else bias), output, 1e-2, 1e-2)
+        and x.shape[-weight.dim() : -2] == weight.shape[:-2]
+        and output.shape == (*x.shape[:-1], weight.shape[-2])
+        and all(b.numel() == weight[..., 0].numel() for b in bias)
     ):
+        inputs = {1: x, 2: x.square()}
 
-        def norm(d):
-            squares = d.square().mT @ x.square()  # (..., out, in)
-            return (squares * mask).sum() + (0 if bias is None else d.square().sum())
+        def sums(d, power):
+            d = d.to(x.dtype).pow(power)
+            in_weight = (d.mT @ inputs[power]).sum_to_size(weight.shape)  # (..., out, in)
+            in_bias = (d.sum(-2).sum_to_size(weight.shape[:-1]).view_as(b) for b in bias)
+            return [in_weight * mask, *in_bias]
 
     else:
         raise ValueError(f"layer {name}: neither a Conv2d nor linear with one row per sample")
-    return norm
+    return sums
+
+
+def _check_masks(masks: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """ValueError for a mask of a layer that has none of these weights, or of another shape."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name, mask in masks.items():
+        if shapes.get(name) != tuple(mask.shape):
+            raise ValueError(f"mask {name}: {tuple(mask.shape)}, where the weights are {shapes}")
 
 
 def alive_neurons(network: nn.Module) -> list[Tensor]:
@@ -174,10 +226,10 @@ def alive_neurons(network: nn.Module) -> list[Tensor]:
     network.layers names its layers in order, the output's last; network.masks has ones and zeros
     in the shape of the weights of those that are pruned.
     """
-    alive = []
+    alive, weights = [], {name: network.get_submodule(name).weight for name in network.layers}
+    _check_masks(network.masks, weights)
     for name in list(network.layers)[:-1]:
-        weight = network.get_submodule(name).weight
-        mask = network.masks.get(name, torch.ones_like(weight))
+        mask = network.masks.get(name, torch.ones_like(weights[name]))
         alive.append(mask.any(-1) if mask.dim() == 3 else mask.flatten(1).any(-1))
     return alive
 
@@ -189,7 +241,9 @@ def measure_sparsity(networks: dict[str, nn.Module]) -> dict[str, float]:
     """
     shares = {}
     for name, network in networks.items():
-        sizes = {layer: network.get_submodule(layer).weight.numel() for layer in network.layers}
+        weights = {layer: network.get_submodule(layer).weight for layer in network.layers}
+        _check_masks(network.masks, weights)
+        sizes = {layer: weight.numel() for layer, weight in weights.items()}
         masked = {layer: (mask == 0).sum().item() for layer, mask in network.masks.items()}
         shares[f"sparsity/{name}"] = sum(masked.values()) / sum(sizes.values())
         for layer, size in sizes.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from plasticity_metrics import (
     ObservationBuffer,
@@ -52,6 +53,16 @@ def test_a_score_of_tau_is_dormant():
     activation = torch.tensor([[0.5, 1.5]])
     assert dormant_ratio([activation], tau=0.5) == 0.5
     assert dormant_ratio([activation], tau=0.49) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.float32])
+def test_scores_of_any_numbers(dtype):
+    activation = torch.zeros(2, 1000, dtype=dtype)
+    activation[:, 0] = 1 if not dtype.is_floating_point else torch.finfo(dtype).smallest_normal / 8
+    assert dormant_scores(activation)[:2].tolist() == [1000.0, 0.0]
+    if dtype.is_floating_point:
+        activation.fill_(torch.finfo(dtype).max)
+        assert dormant_scores(activation).tolist() == [1.0] * 1000
 
 
 def test_a_silent_layer_is_dormant_as_a_whole():
@@ -138,19 +149,22 @@ class Heads(nn.Module):
         return x @ self.weight.mT + self.bias
 
 
-def plain_fisher_trace(model, obs, masks):
+def plain_fisher_trace(model, obs, masks=None):
     """Every gradient of every sample and action, one after the other."""
-    total = 0.0
-    for task in range(obs.shape[0]):
-        for i in range(obs.shape[1]):
-            log_probs = torch.log_softmax(model(obs), -1)[task, i]
-            for log_prob in log_probs:
-                model.zero_grad()
-                log_prob.backward(retain_graph=True)
-                for name, p in model.named_parameters():
-                    mask = masks.get(name.removesuffix(".weight"), 1.0)
-                    total += log_prob.exp().item() * (p.grad * mask).square().sum().item()
-    return total / obs.shape[:2].numel()
+    total, masks = 0.0, masks or {}
+    log_probs = model(obs).log_softmax(-1)
+    for log_prob in log_probs.flatten():
+        model.zero_grad()
+        log_prob.backward(retain_graph=True)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                mask = masks.get(name.removesuffix(".weight"), 1.0)
+                total += log_prob.exp().item() * (p.grad * mask).square().sum().item()
+    return total / log_probs[..., 0].numel()
+
+
+def fisher_trace_on(model, obs, masks=None):
+    return fisher_trace(model, lambda: model(obs).log_softmax(-1), masks)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -161,8 +175,9 @@ def test_fisher_trace_is_that_of_a_plain_loop(masked):
     if masked:
         layers = model.named_children()
         masks = {n: (torch.rand_like(layer.weight) > 0.5).float() for n, layer in layers}
-    trace = fisher_trace(model, lambda: torch.log_softmax(model(obs), -1), masks)
-    assert trace == pytest.approx(plain_fisher_trace(model, obs, masks), rel=1e-5)
+    assert fisher_trace_on(model, obs, masks) == pytest.approx(
+        plain_fisher_trace(model, obs, masks), rel=1e-5
+    )
 
 
 def test_fisher_trace_of_a_linear_softmax_policy():
@@ -186,7 +201,226 @@ def test_fisher_trace_is_not_the_norm_of_the_mean_gradient():
     )
 
 
-def test_fisher_trace_refuses_what_it_cannot_measure():
+def network(function, **layers):
+    """A policy for observations (N, 3, 4, 4): a function of its layers and x (N, 48)."""
+    model = nn.Module()
+    layers = dict(first=nn.Linear(48, 9), second=nn.Linear(9, 4)) | layers
+    for name, layer in layers.items():
+        setattr(model, name, layer)
+    model.forward = lambda obs: function(model, obs.flatten(1))
+    return model
+
+
+def convolution(*activation, conv=None, **options):
+    """A policy for observations (N, 3, 4, 4)."""
+    conv = conv or nn.Conv2d(3, 8, 3, **dict(padding=1) | options)
+    hidden = nn.Sequential(conv, *(activation or [nn.ReLU()]), nn.Flatten())
+    return nn.Sequential(*hidden, nn.Linear(hidden(torch.zeros(1, 3, 4, 4)).numel(), 4))
+
+
+def residual_in_place(model, x):
+    hidden = model.first(x)
+    hidden += hidden.tanh()
+    return model.second(hidden.relu_())
+
+
+def unused_critic(model, x):
+    hidden = model.first(x).relu()
+    model.critic(hidden)
+    return model.second(hidden)
+
+
+def turned_rows(model, x):
+    return model.second(model.first(x).tanh().flip(0)).flip(0)
+
+
+def deep_leaky():
+    return convolution(nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.LeakyReLU(0.1, inplace=True))
+
+
+MEASURED = {
+    "ReLU in place": lambda: convolution(nn.ReLU(inplace=True)),
+    "leaky ReLU in place": deep_leaky,
+    "residual in place": lambda: network(residual_in_place),
+    "circular": lambda: convolution(padding_mode="circular"),
+    "reflect": lambda: convolution(padding_mode="reflect", padding=(2, 1)),
+    "replicate": lambda: convolution(padding_mode="replicate", padding=(1, 2), stride=(2, 1)),
+    "unused critic": lambda: network(unused_critic, critic=nn.Linear(9, 1)),
+    "batch norm in eval": lambda: convolution(nn.BatchNorm2d(8, affine=False)).eval(),
+    "turned rows": lambda: network(turned_rows),
+}
+
+
+@pytest.mark.parametrize("make", MEASURED.values(), ids=MEASURED)
+def test_fisher_trace_of_what_people_build(make):
+    torch.manual_seed(0)
+    model, obs = make(), torch.randn(70, 3, 4, 4)
+    plain = plain_fisher_trace(model, obs)
+    assert fisher_trace_on(model, obs) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_fisher_trace_of_other_floats(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(48, 4, bias=False).to(dtype)
+    x = (torch.randn(70, 48) * 1e-4).to(dtype)  # its squares are no float16
+    trace = fisher_trace_on(model, x)
+    plain = plain_fisher_trace(model.double(), x.double())
+    assert trace == pytest.approx(plain, rel=1e-5 if dtype == torch.float64 else 1e-2)
+
+
+def test_fisher_trace_under_autocast():
+    torch.manual_seed(0)
+    model, obs = network(lambda m, x: m.second(m.first(x).tanh())), torch.randn(70, 3, 4, 4)
+    plain = plain_fisher_trace(model, obs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fisher_trace_on(model, obs) == pytest.approx(plain, rel=2e-2)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, 3 * self.weight, self.bias)
+
+
+class Tuple(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class WeightPerRow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 9, 48))
+
+    def forward(self, x):
+        return (self.weight[torch.arange(len(x)) % 2] @ x[..., None])[..., 0]
+
+
+def pruned():
+    conv = nn.Conv2d(3, 8, 3)
+    prune.random_unstructured(conv, "weight", amount=0.5)
+    return convolution(conv=conv)
+
+
+def spectral_norm(spectral_norm):
+    return convolution(conv=spectral_norm(nn.Conv2d(3, 8, 3)).eval())
+
+
+def tied(kind):
+    layers = dict(second=nn.Linear(9, 9), third=nn.Linear(9, 9))
+    setattr(layers["third"], kind, getattr(layers["second"], kind))
+    return network(lambda m, x: m.third(m.second(m.first(x).tanh()).tanh()), **layers)
+
+
+def scaled_by_itself(model, x):
+    return model.second(model.first(x)) * model.first.weight.square().sum()
+
+
+def one_for_all(model, x):  # row 0 acts on every sample, the other rows on none
+    return model.second((x[:, :9] + model.first(x)[:1]).tanh())
+
+
+def bare(kind):
+    model = network(lambda m, x: m.second(m.first(x)) * getattr(m, kind))
+    setattr(model, kind, nn.Parameter(torch.ones(4)))
+    return model
+
+
+def lstm(model, x):
+    return model.second(model.lstm(x.view(-1, 3, 16))[0][:, -1])
+
+
+def frozen_part(model, x):
+    with torch.no_grad():
+        hidden = model.first(x)
+    return model.second(hidden)
+
+
+def frozen():
+    return convolution().requires_grad_(False)
+
+
+def infinite_slope(model, x):
+    hidden = model.first(x)
+    return model.second((hidden - hidden.detach()).sqrt())
+
+
+REFUSED = {
+    "padding by name": (lambda: convolution(padding="same"), "layer 0"),
+    "pruned": (pruned, "layer 0"),
+    "spectral norm": (lambda: spectral_norm(nn.utils.spectral_norm), "layer 0"),
+    "parametrized": (lambda: spectral_norm(nn.utils.parametrizations.spectral_norm), "layer 0"),
+    "scaled": (lambda: convolution(conv=Scaled(3, 8, 3)), "layer 0"),
+    "tied weights": (lambda: tied("weight"), "layer second"),
+    "tied biases": (lambda: tied("bias"), "layer second"),
+    "weight used elsewhere": (lambda: network(scaled_by_itself), "layer first"),
+    "batch norm": (lambda: convolution(nn.BatchNorm2d(8, affine=False)), "layer 0"),
+    "sums over samples": (
+        lambda: network(lambda m, x: m.second(m.first(x).cumsum(0).tanh())),
+        "layer first",
+    ),
+    "one row for all samples": (lambda: network(one_for_all), "layer first"),
+    "LSTM": (lambda: network(lstm, lstm=nn.LSTM(16, 9, batch_first=True)), "layer lstm"),
+    "bare parameter": (lambda: bare("temperature"), "temperature"),
+    "bare weight": (lambda: bare("weight"), "layer "),
+    "embedding": (
+        lambda: network(lambda m, x: m.second(m.first((x > 0).sum(1))), first=nn.Embedding(49, 9)),
+        "layer first",
+    ),
+    "tuple": (
+        lambda: network(lambda m, x: m.second(m.first(x)[0]), first=Tuple(48, 9)),
+        "layer first",
+    ),
+    "keyword": (lambda: network(lambda m, x: m.second(m.first(input=x))), "layer first"),
+    "weight per row": (
+        lambda: network(lambda m, x: m.second(m.first(x)), first=WeightPerRow()),
+        "layer first",
+    ),
+    "frozen": (frozen, "requires_grad_"),
+    "frozen part": (lambda: network(frozen_part), "layer first"),
+    "infinite gradient": (lambda: network(infinite_slope), "layer first"),
+    "no action": (lambda: network(lambda m, x: m.second(m.first(x))[:, :0]), "log-prob"),
+}
+
+
+@pytest.mark.parametrize("make, message", REFUSED.values(), ids=REFUSED)
+def test_fisher_trace_refuses_what_it_cannot_measure(make, message):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=message):
+        fisher_trace_on(make(), torch.randn(6, 3, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["0.weight", "module.0", "1"])
+def test_fisher_trace_refuses_a_mask_of_no_layer(name):
+    with pytest.raises(ValueError, match=f"mask {name}"):
+        fisher_trace_on(convolution(), torch.randn(6, 3, 4, 4), {name: torch.ones(8, 3, 3, 3)})
+
+
+def test_fisher_trace_refuses_a_mask_of_another_shape():
+    with pytest.raises(ValueError, match="mask 0"):
+        fisher_trace_on(convolution(), torch.randn(6, 3, 4, 4), {"0": torch.ones(8, 1, 3, 3)})
+
+
+def test_fisher_trace_refuses_a_compiled_model():
+    model, obs = convolution(), torch.randn(6, 3, 4, 4)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(ValueError, match="mask 0"):
+        fisher_trace_on(compiled, obs, {"0": torch.ones(8, 3, 3, 3)})
+    for of in (compiled, model):
+        with pytest.raises(ValueError, match="layer"):
+            fisher_trace(of, lambda: compiled(obs).log_softmax(-1))
+
+
+def test_fisher_trace_leaves_the_model_as_it_was():
+    model, obs = convolution(nn.ReLU(inplace=True)), torch.randn(6, 3, 4, 4)
+    before = model(obs)
+    fisher_trace_on(model, obs)
+    assert torch.equal(model(obs), before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_fisher_trace_refuses_layers_that_are_not_called_once_for_each_sample():
     x = torch.randn(4, 3)
     for model in (
         nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),  # a layer it does not know
@@ -271,6 +505,16 @@ def test_sparsity_is_the_share_of_masked_weights():
         "sparsity/critic/heads": 0,
         "sparsity/critic/output": 0,
     }
+
+
+@pytest.mark.parametrize("name, mask", [("conv.weight", (3, 2, 2, 2)), ("conv", (3, 1, 1, 1))])
+def test_masks_must_be_those_of_the_layers(name, mask):
+    network = Masked()
+    network.masks[name] = torch.ones(mask)
+    with pytest.raises(ValueError, match=f"mask {name}"):
+        alive_neurons(network)
+    with pytest.raises(ValueError, match=f"mask {name}"):
+        measure_sparsity({"actor": network})
 
 
 def held(buffer):
