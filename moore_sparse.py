@@ -14,14 +14,12 @@ section 4, MOORE; networks and training loop of arXiv 2311.11385).
 
 import argparse
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from shlex import quote
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -35,7 +33,6 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -48,83 +45,75 @@ class Args:
     """Multi-task PPO with a sparse mixture of orthogonal experts on MiniGrid."""
 
     # Tasks
-    benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # set of tasks to train on
-    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead of a benchmark (one: single-task PPO)
-    seed: int = 1  # seed of the networks, the environments and every draw
+    benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # tasks to train on
+    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead (one: single-task PPO)
+    seed: int = 1  # of the networks, the environments and every draw
     total_timesteps: int = 400_000  # environment steps per task
 
     # PPO
-    num_steps: int = 2000  # timesteps of a rollout, per task and iteration
+    num_steps: int = 2000  # timesteps of a rollout, per task
     actor_lr: float = 1e-3  # learning rate of the actor's Adam
     critic_lr: float = 1e-3  # learning rate of the critic's Adam
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of advantage estimation (Schulman et al. 2016)
+    gae_lambda: float = 0.95  # lambda of GAE (Schulman et al. 2016)
     clip_coef: float = 0.2  # clipping range of the probability ratio
     ent_coef: float = 0.01  # coefficient of the entropy bonus
-    update_epochs: int = 8  # epochs of the actor over each rollout
-    minibatch_size: int = 256  # samples per task in a minibatch of the actor
-    critic_epochs: int = 1  # epochs of the critic over each rollout
-    critic_minibatch_size: int = 2000  # samples per task in a minibatch of the critic
+    update_epochs: int = 8  # epochs of the actor over a rollout
+    minibatch_size: int = 256  # samples per task in an actor's minibatch
+    critic_epochs: int = 1  # epochs of the critic over a rollout
+    critic_minibatch_size: int = 2000  # samples per task in a critic's minibatch
+    weight_decay: float = 0.0  # L2 coefficient of Adam
+    layer_norm: bool = False  # LayerNorm before each nonlinearity, without gain and bias
 
     # Experts
-    num_experts: int = 0  # expert trunks (0: the benchmark's own number)
-    orthogonal_mix: float = 1.0  # share of orthonormal features in what is mixed, the rest raw
+    num_experts: int = 0  # expert trunks (0: 2, 3, 4 on MT3, MT5, MT7)
+    orthogonal_mix: float = 1.0  # share of orthonormal features, the rest is raw
 
     # Gradual magnitude pruning and sparse evolutionary training
     sparsifier: Literal["none", "gmp", "set"] = "gmp"  # prune (gmp), sparse evolution (set), dense
-    sparsity: float = 0.95  # share of pruned weights (0: the dense baseline)
+    sparsity: float = 0.95  # share of pruned weights (0: dense)
     prune_start: float = 0.05  # share of training after which pruning begins
-    prune_end: float = 0.80  # share of training after which the final sparsity holds
+    prune_end: float = 0.80  # share of training after which sparsity is full
     prune_frequency: int = 500  # timesteps between two mask updates
-    prune_scope: Literal["layer", "global"] = "global"  # rank weights per layer or per network
+    prune_scope: Literal["layer", "global"] = "global"  # rank weights per layer or over the network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
     set_frequency: int = 2000  # timesteps between two SET updates
     set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
     set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
-    # Methods to compare with
-    weight_decay: float = 0.0  # L2 coefficient of Adam
-    layer_norm: bool = False  # normalise each hidden layer before its nonlinearity, no gain or bias
-
     # Evaluation and plasticity metrics
     eval_frequency: int = 10_000  # timesteps between two evaluations
     eval_episodes: int = 25  # episodes per task in an evaluation
-    plasticity_frequency: int = 10_000  # timesteps between two measurements of plasticity
-    plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
-    plasticity_buffer_size: int = 100_000  # latest observations to draw them from, over all tasks
-    dormant_tau: float = 0.001  # score up to which a neuron is dormant (Sokar et al. 2023)
-    srank_delta: float = 0.01  # singular values' share left out of the rank (Kumar et al. 2021)
+    plasticity_frequency: int = 10_000  # timesteps between two measurements
+    plasticity_batch_size: int = 1024  # observations measured on, over all tasks
+    plasticity_buffer_size: int = 100_000  # latest observations to draw them from
+    dormant_tau: float = 0.001  # score up to which a neuron is dormant
+    srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
-    run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
+    run_dir: str | None = None  # folder of log and checkpoint (default: runs/...)
     checkpoint_frequency: int = 10_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with; its flags are the defaults
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
-        require(self, "actor_lr critic_lr clip_coef", lambda x: 0 < x < math.inf, "positive")
-        require(self, "ent_coef weight_decay", lambda x: x >= 0, "at least 0")
-        require(self, "gamma gae_lambda", lambda x: 0 <= x <= 1, "in [0, 1]")
-        require(self, "prune_end", lambda x: 0 < x <= 1, "in (0, 1]")
-        below_end = f"in [0, --prune-end {self.prune_end})"
-        require(self, "prune_start", lambda x: 0 <= x < self.prune_end, below_end)
-        a_rollout = f"at least --num-steps {self.num_steps}"
-        require(self, "total_timesteps", lambda x: x >= self.num_steps, a_rollout)
-        require(self, "set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
-        require(self, "set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
-        is_dense = self.sparsifier != "set"
-        require(self, "set_frequency", lambda x: is_dense or x >= self.num_steps, a_rollout)
-        num_tasks = len(task_ids(self))
-        require(self, "plasticity_buffer_size", lambda x: x >= num_tasks, "at least 1 per task")
-        counts = "num_steps update_epochs minibatch_size critic_epochs critic_minibatch_size"
-        require(self, f"{counts} prune_frequency", lambda x: x >= 1, "at least 1")
-        least = 1 if self.env_ids else 0
-        require(self, "num_experts", lambda x: least <= x <= 1024, f"in [{least}, 1024]")
-        require(self, "orthogonal_mix", lambda x: 0 <= x <= 1, "in [0, 1]")
-        require(self, "env_ids", lambda x: len({*x}) == len(x), "different tasks")
-        check_tasks(self.env_ids)
+        check = partial(require, self)
+        check("num_steps update_epochs minibatch_size", lambda x: x >= 1, "at least 1")
+        check("critic_epochs critic_minibatch_size prune_frequency", lambda x: x >= 1, "at least 1")
+        check("gamma gae_lambda prune_end", lambda x: x <= 1, "at most 1")
+        check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
+        least, text = self.num_steps, f"at least --num-steps {self.num_steps}"
+        check("total_timesteps", lambda x: x >= least, text)
+        check("set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
+        check("set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
+        check("set_frequency", lambda x: x == 0 or x >= least, f"0 or {text}")
+        check("num_experts", lambda x: x <= 1024, "at most 1024, the number of features")
+        check("orthogonal_mix", lambda x: x <= 1, "in [0, 1]")
+        needs_number = self.env_ids and self.num_experts == 0
+        check("num_experts", lambda _: not needs_number, "at least 1 with --env-ids")
+        check_tasks(self)
         check_run(self)
 
 
@@ -139,6 +128,9 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_tasks, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_tasks, 1, out_features))
         self.bound = in_features**-0.5  # torch's own for a linear layer
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -self.bound, self.bound)
 
@@ -205,8 +197,8 @@ class MixtureOfOrthogonalExperts(nn.Module):
         one_hot = torch.cat([row.expand(n, -1) for row, n in zip(one_hot, counts, strict=True)])
         weights = self.task_encoder(one_hot)  # (N, k)
         features = F.tanh((weights[:, None] @ experts)[:, 0])  # (N, D)
-        by_task = pad_sequence(features.split(counts), batch_first=True)  # (task, max(counts), D)
-        hidden = self.head_hidden(by_task)
+        by_task = [F.pad(x, (0, 0, 0, max(counts) - len(x))) for x in features.split(counts)]
+        hidden = self.head_hidden(torch.stack(by_task))  # (task, max(counts), 128)
         hidden = F.tanh(F.layer_norm(hidden, hidden.shape[-1:]) if self.layer_norm else hidden)
         output = self.head_output(hidden)
         output = torch.cat([rows[:count] for rows, count in zip(output, counts, strict=True)])
@@ -254,24 +246,19 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     scores = {name: weight.abs() for name, weight in weights.items()}
     for name, mask in network.masks.items():
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
-    if scope == "layer":
-        for name, weight in weights.items():
-            rows = scores[name].reshape(network.layers[name], -1)  # (layer, its weights)
-            keep = rows.shape[1] - round(sparsity * rows.shape[1])
-            if keep == 0:
-                raise ValueError(f"leaves none of the {rows.shape[1]} weights of a {name}")
-            network.masks[name] = keep_largest(rows, keep).view_as(weight)
-    elif scope == "global":
-        row = torch.cat([score.flatten() for score in scores.values()])
-        keep = len(row) - round(sparsity * len(row))
-        if keep < sum(network.layers.values()):
-            raise ValueError(f"leaves {keep} weights, fewer than layers")
-        mask = keep_largest(row[None], keep)[0]
-        parts = mask.split([weight.numel() for weight in weights.values()])
-        for (name, weight), part in zip(weights.items(), parts, strict=True):
-            network.masks[name] = part.view_as(weight)
-    else:
-        raise ValueError(f"scope: layer or global, not {scope}")
+    if scope == "layer":  # (layer, its weights)
+        ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
+    else:  # (1, all weights)
+        ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
+    masks = []
+    for rows in ranked:
+        keep = rows.shape[1] - round(sparsity * rows.shape[1])
+        if keep < (1 if scope == "layer" else sum(network.layers.values())):
+            raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
+        masks.append(keep_largest(rows, keep).flatten())
+    masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
+    for (name, weight), mask in zip(weights.items(), masks, strict=True):
+        network.masks[name] = mask.view_as(weight)
     apply_masks(network)
 
 
@@ -287,16 +274,13 @@ def update_masks(networks: dict, args: Args, last_timestep: int, timestep: int) 
     progress = timestep / last_timestep
     sparsity = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
     is_due = timestep % args.prune_frequency == 0 or timestep == last_timestep
-    if sparsity == 0 or not is_due:
-        return False
-    for network in networks.values():
+    for network in networks.values() if is_due and sparsity > 0 else ():
         prune(network, sparsity, args.prune_scope)
-    return True
+    return is_due and sparsity > 0
 
 
 def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Set to zero what the optimiser remembers (moments, momentum) of some of a parameter's
-    entries; where: bool, in its shape or broadcast to it."""
+    """Zero the moments that the optimiser keeps of some of a parameter's entries. where: bool."""
     for remembered in optimizer.state.get(parameter, {}).values():
         if isinstance(remembered, Tensor) and remembered.shape == parameter.shape:
             remembered.masked_fill_(where, 0.0)
@@ -305,9 +289,9 @@ def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
 def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
     """Erdős–Rényi(-Kernel) densities: the share of active weights of each layer.
 
-    shapes: of the layers' weights, (out, in) or (out, in, kh, kw). A density is in proportion to
-    the sum of a shape over its product, and at most 1; one scale makes 1 - sparsity of all weights
-    active. Source: Mocanu et al. 2018, equation 3; with kernels Evci et al. 2020, section 3.
+    shapes: of the weights, (out, in) or (out, in, kh, kw). A density is in proportion to the sum of
+    a shape over its product; one scale makes 1 - sparsity of all weights active; what would pass 1
+    is dense. Source: Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels).
     """
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
@@ -323,11 +307,9 @@ def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]
 
 
 def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) -> dict[str, float]:
-    """Density of each linear layer: solved for the sparsity, or SET's own where epsilon is given.
-
-    No layer at sparsity 0. Source: Mocanu et al. 2018, equation 3. Needs network.layers, {name of
-    a layer: how many layers of one shape its weight stacks, 1 for a plain one}.
-    """
+    """Density of each linear layer: solved for the sparsity (none at 0), or SET's own where epsilon
+    is given (Mocanu et al. 2018, equation 3). Needs network.layers, {name: how many
+    layers of one shape its weight stacks, 1 for a plain one}."""
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     linear = {name: tuple(w.shape[-2:]) for name, w in weights.items() if w.dim() < 4}
     if sparsity == 0:
@@ -341,15 +323,15 @@ def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) ->
 
 def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     """Give each of these layers a mask with exactly round(density * n) active weights at random
-    places, and apply it. Needs network.layers, as set_densities does, and network.masks, {} at
-    first; sets network.densities and each layer's grown, for evolve."""
+    places, and apply it; apply_masks must follow every optimiser step. Needs network.layers and
+    network.masks, {} at first; sets network.densities and each layer's grown, for evolve."""
     network.densities = densities
     for name, density in densities.items():
         layer = network.get_submodule(name)
         scores = torch.rand_like(layer.weight).reshape(network.layers[name], -1)
         keep = round(density * scores.shape[1])
         if keep == 0:
-            raise ValueError(f"leaves none of the {scores.shape[1]} weights of a {name}")
+            raise ValueError(f"sparsity: leaves none of {scores.shape[1]} weights of a {name}")
         network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
         layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last update
     apply_masks(network)
@@ -358,85 +340,43 @@ def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
 @torch.no_grad()
 def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -> Tensor:
     """In each layer, drop the share zeta of the active weights that is smallest in magnitude, and
-    grow as many of the places that were inactive (all of them if they are fewer).
+    grow as many of the inactive places (all if they are fewer). Source: Mocanu et al. 2018.
 
-    regrow "random" draws the places (Mocanu et al. 2018, algorithm 1); "gradient" takes those where
-    the last minibatch's gradient is largest (RigL, Evci et al. 2020), and raises ValueError if
-    there is none. Grown weights start at zero, or with grow "init" uniform in [-layer.bound,
-    layer.bound], their optimiser state is cleared. Returns the share of what the last update grew
-    that this one keeps (NaN at first). Needs what draw_masks made, and that apply_masks follows
-    every optimiser step.
+    regrow: places at "random", or where the last minibatch's "gradient" is largest (RigL, Evci et
+    al. 2020). grow: weights start at "zero", or uniform in [-bound, bound] ("init": layer.bound, by
+    default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
+    what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
     """
-    layers = {name: network.get_submodule(name) for name in network.densities}
-    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
-        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
-    if regrow == "gradient" and any(layer.weight.grad is None for layer in layers.values()):
-        raise ValueError("no gradient to grow by: evolve must follow an update")
     grown_before, kept_of_it = [], []
-    for name, layer in layers.items():
+    for name, density in network.densities.items():
+        layer = network.get_submodule(name)
         magnitudes = layer.weight.abs().reshape(network.layers[name], -1)  # (layer, its weights)
         active = network.masks[name].reshape(magnitudes.shape) > 0
-        count = round(network.densities[name] * magnitudes.shape[1])
+        count = round(density * magnitudes.shape[1])
         moved = min(round(zeta * count), magnitudes.shape[1] - count)
-        scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
-        scores = scores.reshape(magnitudes.shape).masked_fill(active, -1.0)
+        if regrow == "random":
+            scores = torch.rand_like(magnitudes)
+        elif layer.weight.grad is None:
+            raise ValueError(f"{name}: has no gradient to grow by, evolve must follow an update")
+        else:
+            scores = layer.weight.grad.abs().reshape(magnitudes.shape)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        kept, grown = kept.view_as(layer.weight), keep_largest(scores, moved).view_as(layer.weight)
+        grown = keep_largest(scores.masked_fill(active, -1.0), moved).view_as(layer.weight)
+        kept = kept.view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
-            drawn = torch.empty_like(layer.weight).uniform_(-layer.bound, layer.bound)
+            bound = getattr(layer, "bound", layer.weight.shape[-1] ** -0.5)
+            drawn = torch.empty_like(layer.weight).uniform_(-bound, bound)
             layer.weight.copy_(torch.where(grown > 0, drawn, layer.weight))
         clear_state(optimizer, layer.weight, grown > 0)
         network.masks[name] = kept + grown
         layer.grown.copy_(grown)
     apply_masks(network)
-    return sum(kept_of_it) / sum(grown_before) if layers else torch.tensor(math.nan)
+    return sum(kept_of_it) / sum(grown_before) if grown_before else torch.tensor(math.nan)
 
 
-def evolve_all(networks: dict, optimizers: dict, args: Args) -> dict[str, float]:
-    """SET's update of each network; the share that it keeps of what its last one grew, to log."""
-    scalars = {}
-    for name, network in networks.items():
-        kept = evolve(network, optimizers[name], args.set_zeta, args.set_regrow, args.set_grow)
-        scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
-    return scalars
-
-
-# Acting
-
-
-class PolicyTable:
-    """The policy's log-probs on the host, computed once for each distinct view of each task."""
-
-    def __init__(self, actor: nn.Module, num_tasks: int, device: str):
-        self.actor, self.device = actor, device
-        self.numbers = [{} for _ in range(num_tasks)]  # of each task: bytes of a view -> its number
-        self.views = [[] for _ in range(num_tasks)]  # of each task, by number: arrays (h, w, c)
-        self.log_probs = [[] for _ in range(num_tasks)]  # of the first of them: arrays (action,)
-
-    def number(self, task: int, view: np.ndarray) -> int:
-        """The number of a view among its task's, in the order in which they came."""
-        number = self.numbers[task].setdefault(view.tobytes(), len(self.views[task]))
-        if number == len(self.views[task]):
-            self.views[task].append(view)
-        return number
-
-    @torch.no_grad()
-    def look_up(self, tasks: list[int], numbers: list[int]) -> np.ndarray:
-        """Log-probs (sample, action) of views of these tasks; the actor is run on all new ones."""
-        if any(n >= len(self.log_probs[i]) for i, n in zip(tasks, numbers, strict=True)):
-            pairs = zip(self.views, self.log_probs, strict=True)
-            views, counts = to_batch([own[len(known) :] for own, known in pairs], self.device)
-            new = F.log_softmax(self.actor(views, counts), dim=-1)
-            new = new.cpu().split(counts)  # all that leaves the device
-            for known, rows in zip(self.log_probs, new, strict=True):
-                known.extend(rows.numpy())
-        return np.stack([self.log_probs[i][n] for i, n in zip(tasks, numbers, strict=True)])
-
-    def forget(self) -> None:
-        """To be called when the actor has changed."""
-        self.log_probs = [[] for _ in self.views]
+# PPO
 
 
 def to_device(array: np.ndarray, device: str) -> Tensor:
@@ -444,10 +384,34 @@ def to_device(array: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def to_batch(views: list[list[np.ndarray]], device: str) -> tuple[Tensor, list[int]]:
-    """Each task's views (h, w, c) as one batch (N, h, w, c), task by task; how many of each."""
-    batch = np.stack([view for own in views for view in own])
-    return to_device(batch, device), [len(own) for own in views]
+class PolicyTable:
+    """The policy's log-probs on the host, computed once for each distinct view of each task. A view
+    is known by its key, (task, its bytes); space is that of the views, integers (h, w, c)."""
+
+    def __init__(self, actor: nn.Module, space: gym.spaces.Box, num_tasks: int, device: str):
+        self.actor, self.space, self.num_tasks, self.device = actor, space, num_tasks, device
+        self.log_probs = {}  # key -> (action,)
+
+    def to_batch(self, keys: list[tuple[int, bytes]]) -> tuple[Tensor, list[int]]:
+        """The views (N, h, w, c) of sorted keys, so task by task, and how many are each task's."""
+        views = np.frombuffer(bytearray().join(view for _, view in keys), self.space.dtype)
+        views = to_device(views.reshape(-1, *self.space.shape), self.device)
+        return views, np.bincount([i for i, _ in keys], minlength=self.num_tasks).tolist()
+
+    @torch.no_grad()
+    def look_up(self, keys: list[tuple[int, bytes]]) -> np.ndarray:
+        """Log-probs (len(keys), action); the actor is run on what is new."""
+        if new := sorted({*keys} - self.log_probs.keys()):
+            rows = F.log_softmax(self.actor(*self.to_batch(new)), dim=-1)
+            self.log_probs.update(zip(new, rows.cpu().numpy(), strict=True))  # all that is fetched
+        return np.array([self.log_probs[key] for key in keys])
+
+    def refresh(self, latest=()) -> None:
+        """Run the actor, which has changed, on the known views and latest, (task, n, h, w, c)."""
+        known = [(i, view.tobytes()) for i, own in enumerate(latest) for view in own]
+        known += self.log_probs
+        self.log_probs = {}
+        self.look_up(known)
 
 
 class Rollout(NamedTuple):
@@ -464,47 +428,43 @@ class Rollout(NamedTuple):
     done: Tensor  # bool, terminated or truncated
 
 
-def collect(envs: list, actor, seeds: list[int], num_steps: int, device, timestep=0, renew=None):
+def collect(envs: list, policy: PolicyTable, seeds, num_steps: int, timestep=0, renew=None):
     """Play num_steps steps in each of envs, one per task, from a reset with its seed on. Returns
-    the rollout, and (return, length) of each task's episodes that ended. renew(timestep) follows
+    the rollout and (return, length) of each task's episodes that ended. renew(timestep) follows
     each step but the last, and is True if it changed the actor; timestep: that of the reset."""
-    num_tasks, shape = len(envs), (len(envs), num_steps)
-    policy = PolicyTable(actor, num_tasks, device)
-    noise = np.random.gumbel(size=(num_steps, num_tasks, envs[0].action_space.n))
-    view, next_view, action = np.zeros((3, *shape), np.int64)
-    log_prob, reward = np.zeros((2, *shape), np.float32)
+    shape = len(envs), num_steps
+    noise = np.random.gumbel(size=(num_steps, len(envs), envs[0].action_space.n))
+    action, (log_prob, reward) = np.zeros(shape, np.int64), np.zeros((2, *shape), np.float32)
     terminated, done = np.zeros((2, *shape), bool)
-    episodes = [[] for _ in envs]
-    tasks = range(num_tasks)
-    now = [policy.number(i, envs[i].reset(seed=seeds[i])[0]) for i in tasks]
+    before, after, episodes = ([[] for _ in envs] for _ in range(3))  # keys, and what is returned
+    now = [(i, env.reset(seed=seeds[i])[0].tobytes()) for i, env in enumerate(envs)]
     for step in range(num_steps):
+        log_probs = policy.look_up(now)  # (task, action)
         # Gumbel-max: the argmax of log p + Gumbel noise is a draw from p
-        log_probs = policy.look_up(tasks, now)  # (task, action)
-        actions = (log_probs + noise[step]).argmax(1)
-        view[:, step], action[:, step], log_prob[:, step] = now, actions, log_probs[tasks, actions]
-        for i, chosen in enumerate(actions.tolist()):
-            obs, reward[i, step], terminated[i, step], truncated, info = envs[i].step(chosen)
-            next_view[i, step] = now[i] = policy.number(i, obs)
+        action[:, step] = (log_probs + noise[step]).argmax(1)
+        for i, (env, a) in enumerate(zip(envs, action[:, step].tolist(), strict=True)):
+            obs, reward[i, step], terminated[i, step], truncated, info = env.step(a)
             done[i, step] = terminated[i, step] or truncated
+            log_prob[i, step] = log_probs[i, a]
+            before[i].append(now[i])
+            after[i].append((i, obs.tobytes()))
+            now[i] = after[i][-1]
             if done[i, step]:
                 episodes[i].append((info["episode"]["r"], info["episode"]["l"]))
-                now[i] = policy.number(i, envs[i].reset()[0])
+                now[i] = (i, env.reset()[0].tobytes())
         if renew is not None and step + 1 < num_steps:
             if renew(timestep + step + 1):
-                policy.forget()
-    views, counts = to_batch(policy.views, device)
-    first = np.cumsum([0, *counts[:-1]])[:, None]  # place of each task's first view
-    on_device = [to_device(x, device) for x in (action, log_prob, reward, terminated, done)]
-    return Rollout(views, counts, view + first, next_view + first, *on_device), episodes
-
-
-# PPO
+                policy.refresh()
+    keys = sorted({*chain(*before, *after)})  # each distinct view, task by task
+    place = {key: n for n, key in enumerate(keys)}
+    view, next_view = (np.array([[place[k] for k in own] for own in x]) for x in (before, after))
+    on_device = (to_device(x, policy.device) for x in (action, log_prob, reward, terminated, done))
+    return Rollout(*policy.to_batch(keys), view, next_view, *on_device), episodes
 
 
 def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016, equation 16); all (task, num_steps).
-    A termination does not bootstrap from next_values, a truncation and the rollout's end do; no
-    estimate reaches over the end of an episode."""
+    A termination does not bootstrap from next_values, a truncation and the rollout's end do."""
     deltas = rollout.reward + gamma * next_values * ~rollout.terminated - values
     decay = gamma * gae_lambda * ~rollout.done
     advantages, running = torch.empty_like(deltas), torch.zeros_like(deltas[:, 0])
@@ -518,9 +478,8 @@ def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda:
 def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
     """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
     table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), the value of each view
-    values, next_values = (
-        table[to_device(view, table.device)] for view in (rollout.view, rollout.next_view)
-    )
+    both = rollout.view, rollout.next_view
+    values, next_values = (table[to_device(view, table.device)] for view in both)
     advantages = gae(rollout, values, next_values, args.gamma, args.gae_lambda)
     returns = advantages + values
     explained_variance = 1 - advantages.var() / returns.var()
@@ -531,9 +490,8 @@ def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
 
 def minibatches(rollout: Rollout, size: int):
     """Cut each task's steps, in an order of its own, into minibatches of at most size: the steps
-    (task, batch), the distinct views they began with (n, h, w, c), how many of these are each
-    task's, and which of them each step began with, (task, batch). All is worked out on the host,
-    so that nothing waits for the device."""
+    (task, batch), the distinct views they began with (n, h, w, c), how many are each task's, which
+    each step began with (task, batch). Worked out on the host, so nothing waits for the device."""
     device, num_tasks = rollout.views.device, len(rollout.counts)
     task_of_view = np.repeat(np.arange(num_tasks), rollout.counts)
     order = np.random.random(rollout.view.shape).argsort(1)
@@ -555,20 +513,20 @@ def actor_losses(logits, actions, old_log_probs, advantages, clip_coef: float, e
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
-    logged = {
-        "policy_loss": -surrogate.mean(),
-        "entropy": entropy.mean(),
-        "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
-    }
     losses = -(surrogate + ent_coef * entropy).mean(1)
+    logged = {"policy_loss": -surrogate.mean(), "entropy": entropy.mean()}
+    logged["approx_kl"] = (ratio - 1 - log_ratio).mean()
+    logged["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
     return losses, {name: value.detach() for name, value in logged.items()}
 
 
-def descend(losses: Tensor, network: nn.Module, optimizer, backward) -> None:
+def descend(losses: Tensor, network: nn.Module, optimizer, backward=None) -> None:
     """One step down the gradient of the mean of losses (task,), or what backward makes of them."""
     optimizer.zero_grad()
-    losses.mean().backward() if backward is None else backward(losses, network)
+    if backward is None:
+        losses.mean().backward()
+    else:
+        backward(losses, network)
     optimizer.step()
     apply_masks(network)
 
@@ -611,14 +569,11 @@ def train(args: Args) -> Path:
     networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
     adam = partial(Adam, weight_decay=args.weight_decay, fused=True)
-    optimizers = {
-        "actor": adam(actor.parameters(), args.actor_lr),
-        "critic": adam(critic.parameters(), args.critic_lr),
-    }
+    optimizers = {"actor": adam(actor.parameters(), args.actor_lr)}
+    optimizers["critic"] = adam(critic.parameters(), args.critic_lr)
     space = envs[0].observation_space
-    buffer = plasticity.ObservationBuffer(
-        args.plasticity_buffer_size, num_tasks, space.shape, torch.uint8, device
-    )
+    dtype, size = torch.as_tensor(space.sample()).dtype, args.plasticity_buffer_size
+    buffer = plasticity.ObservationBuffer(size, num_tasks, space.shape, dtype, device)
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
     name = "custom" if args.env_ids else args.benchmark
     parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
@@ -630,9 +585,9 @@ def train(args: Args) -> Path:
     while run.timestep < run.last_timestep:
         # Collect, with masks updated on the way
         env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
-        rollout, episodes = collect(
-            envs, actor, env_seeds, args.num_steps, device, run.timestep, renew
-        )
+        policy = PolicyTable(actor, space, num_tasks, device)
+        policy.refresh(buffer.latest(args.num_steps).cpu().numpy())  # most come again
+        rollout, episodes = collect(envs, policy, env_seeds, args.num_steps, run.timestep, renew)
         buffer.add(rollout.views[to_device(rollout.view, device)])
         run.timestep += args.num_steps
 
@@ -642,7 +597,8 @@ def train(args: Args) -> Path:
         losses |= update_actor(actor, optimizers["actor"], rollout, advantages, args)
         losses["explained_variance"] = explained_variance
         scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
-        check_finite(networks, run.timestep)
+        if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
+            raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
         if renew is not None:
             renew(run.timestep)
 
@@ -655,28 +611,29 @@ def train(args: Args) -> Path:
             seed_all(args.seed, METRICS, run.timestep)
             scalars |= measure_plasticity(networks, buffer.sample(metrics_size), args)
         if run.is_due(args.eval_frequency):
-            env_seeds = seed_all(
-                args.seed, EVALUATION, run.timestep, num_tasks * args.eval_episodes
-            )
-            run.evaluation = summarize(tasks, evaluate(actor, eval_envs, env_seeds, device))
+            num_episodes = num_tasks * args.eval_episodes
+            env_seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
+            policy.refresh()
+            run.evaluation = summarize(tasks, evaluate(policy, eval_envs, env_seeds))
             scalars |= tags("eval", run.evaluation)
-            scores = run.evaluation["normalized_return"]
-            scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
+            scores = run.evaluation["normalized_return"].values()
+            scalars["eval/normalized_return"] = sum(scores) / num_tasks
 
         # SET's update: after the evaluation of what was trained, before the next acting
-        evolves = args.sparsifier == "set" and run.reached(args.set_frequency)
+        evolves = args.sparsifier == "set" and run.is_due(args.set_frequency)
         if evolves and run.timestep < run.last_timestep:
             seed_all(args.seed, INTERVENTIONS, run.timestep)
-            scalars |= evolve_all(networks, optimizers, args)
+            rule = args.set_zeta, args.set_regrow, args.set_grow
+            for name, network in networks.items():
+                kept = evolve(network, optimizers[name], *rule)
+                scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
 
         run.end_iteration(scalars)
     return run.finish()
 
 
-# ======== Support: what surrounds the algorithm ========
+# ======== Support: tasks, seeds, evaluation, metrics, arguments, checkpoints, logs ========
 
-
-# Tasks and environments
 
 # Return of the shortest path, 1 - 0.9 * optimal steps / max steps, of each task of MT7
 BEST_RETURN = {
@@ -688,97 +645,74 @@ BEST_RETURN = {
     "SimpleCrossingS9N2": 1 - 0.9 * 15 / 324,
     "MultiRoom-N2-S4": 1 - 0.9 * 5 / 40,
 }
-NUM_TASKS = {"MT3": 3, "MT5": 5, "MT7": 7}  # the first of them
 NUM_EXPERTS = {"MT3": 2, "MT5": 3, "MT7": 4}
+VIEWS = {}  # (task, state of its grid) -> view, that of all environments
+NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)  # purposes of a seed
 
 
 def task_ids(args: Args) -> list[str]:
-    """Gymnasium ids of the run's tasks."""
-    tasks = list(BEST_RETURN)[: NUM_TASKS[args.benchmark]]
+    """Gymnasium ids of the run's tasks: MT3 is the first three of MT7, MT5 the first five."""
+    tasks = list(BEST_RETURN)[: int(args.benchmark.removeprefix("MT"))]
     return list(args.env_ids) or [f"MiniGrid-{task}-v0" for task in tasks]
 
 
-VIEWS = {}  # (task, state of its grid) -> view
-
-
-def remember_views(env: gym.Env) -> None:
-    """Make a MiniGrid environment draw the view of each state of its grid once: that takes most of
-    a step, and states come again and again. All environments of a task share what they remember."""
-    game = env.unwrapped
-    for method in ("gen_obs", "gen_obs_grid"):
-        if getattr(type(game), method, None) is not getattr(MiniGridEnv, method):
-            return  # it has views of its own
-    draw = game.gen_obs
-
-    def gen_obs():
-        cells = [(0,) if cell is None else cell.encode() for cell in game.grid.grid]
-        place = (game.grid.width, *game.agent_pos, game.agent_dir)
-        carried = game.carrying and game.carrying.encode()
-        state = (env.spec.id, place, carried, bytes(chain.from_iterable(cells)))
-        if state not in VIEWS:
-            if len(VIEWS) >= 50_000:  # about 50 MB
-                VIEWS.clear()
-            VIEWS[state] = draw()["image"]
-        view = VIEWS[state].copy()
-        return {"image": view, "direction": game.agent_dir, "mission": game.mission}
-
-    game.gen_obs = gen_obs
-
-
 def make_env(env_id: str) -> gym.Env:
-    """A task seen as its partial (h, w, c) view of integer codes."""
+    """A task seen as its partial (h, w, c) view of integer codes. To draw a view takes most of
+    MiniGrid's step: it is drawn once for each state of the grid, for all environments of a task."""
     env = gym.make(env_id, disable_env_checker=True)
-    remember_views(env)
+    game = env.unwrapped
+    if isinstance(game, MiniGridEnv) and type(game).gen_obs is MiniGridEnv.gen_obs:
+        draw = game.gen_obs
+
+        def gen_obs():
+            cells = [(0,) if cell is None else cell.encode() for cell in game.grid.grid]
+            place = game.grid.width, *game.agent_pos, game.agent_dir
+            carried = game.carrying and game.carrying.encode()
+            state = env_id, place, carried, bytes(chain.from_iterable(cells))
+            if state not in VIEWS:
+                if len(VIEWS) >= 50_000:  # about 50 MB
+                    VIEWS.clear()
+                VIEWS[state] = draw()["image"]
+            view = VIEWS[state].copy()
+            return {"image": view, "direction": game.agent_dir, "mission": game.mission}
+
+        game.gen_obs = gen_obs
     return RecordEpisodeStatistics(ImgObsWrapper(env))
 
 
 def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     """Actor and critic of the run's tasks, drawn anew, with their first masks."""
-    env_ids = task_ids(args)
-    env = make_env(env_ids[0])
+    env, num_tasks = make_env(task_ids(args)[0]), len(task_ids(args))
     outputs = {"actor": int(env.action_space.n), "critic": 1}
-    shape = env.observation_space.shape
-    networks = {
-        name: MixtureOfOrthogonalExperts(shape, len(env_ids), n, args)
-        for name, n in outputs.items()
-    }
-    for network in networks.values():
-        network.to(device)
-        if args.sparsifier == "set":
-            draw_masks(network, set_densities(network, args.sparsity, args.set_epsilon))
+    make = partial(MixtureOfOrthogonalExperts, env.observation_space.shape, num_tasks)
+    networks = {name: make(size, args).to(device) for name, size in outputs.items()}
+    for network in networks.values() if args.sparsifier == "set" else ():
+        draw_masks(network, set_densities(network, args.sparsity, args.set_epsilon))
     return networks
 
 
-NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)
-
-
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
-    """Seed torch and NumPy for one purpose at one timestep; returns seeds for environments. So
-    neither evaluation nor metrics disturb training, and a resumed run needs no generator's state.
-    """
+    """Seed torch and NumPy for a purpose at a timestep; returns seeds for environments. So neither
+    evaluation nor metrics disturb training, and a resumed run needs no generator's state."""
     seeds = np.random.SeedSequence((seed, purpose, timestep)).generate_state(1 + num_envs).tolist()
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])
     return seeds[1:]
 
 
-# Evaluation and metrics
-
-
-def evaluate(actor: nn.Module, envs: list[list[gym.Env]], seeds: list[int], device) -> list[list]:
+def evaluate(policy: PolicyTable, envs: list[list[gym.Env]], seeds: list[int]) -> list[list]:
     """Play one episode in each of envs[task][episode] with actions drawn from the policy; returns
     (return, length) of each task's."""
-    policy = PolicyTable(actor, len(envs), device)
     episodes = [[] for _ in envs]
-    running = {}  # (task, episode) -> the number of its view
+    running = {}  # (task, episode) -> the key of its view
     for (i, j), seed in zip(np.ndindex(len(envs), len(envs[0])), seeds, strict=True):
-        running[i, j] = policy.number(i, envs[i][j].reset(seed=seed)[0])
+        running[i, j] = (i, envs[i][j].reset(seed=seed)[0].tobytes())
     while running:
-        log_probs = policy.look_up([i for i, _ in running], list(running.values()))
+        log_probs = policy.look_up(list(running.values()))
         actions = (log_probs + np.random.gumbel(size=log_probs.shape)).argmax(1).tolist()
         for (i, j), action in zip(list(running), actions, strict=True):
             obs, _, terminated, truncated, info = envs[i][j].step(action)
-            running[i, j] = policy.number(i, obs)
+            running[i, j] = (i, obs.tobytes())
             if terminated or truncated:
                 episodes[i].append((info["episode"]["r"], info["episode"]["l"]))
                 del running[i, j]
@@ -809,22 +743,14 @@ def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) 
         with torch.no_grad():
             hidden, features, _ = network.activations(obs, counts)
         alive = plasticity.alive_neurons(network)
-        layers, alive = [*hidden[:-1], *hidden[-1]], [*alive[:-1], *alive[-1]]  # each head apart
-        dormant = plasticity.dormant_ratio(layers, args.dormant_tau, alive)
+        dormant = plasticity.dormant_ratio(hidden, args.dormant_tau, alive)
         metrics[f"plasticity/{name}_dormant_ratio"] = dormant
         rank = plasticity.effective_rank(features, args.srank_delta)
         metrics[f"plasticity/{name}_effective_rank"] = rank
-    log_probs = partial(policy_log_probs, actor, obs, counts)
-    metrics["plasticity/fisher_trace"] = plasticity.fisher_trace(actor, log_probs, actor.masks)
-    return metrics
-
-
-def policy_log_probs(actor: nn.Module, obs: Tensor, counts: list[int]) -> Tensor:
-    """Of all actions (N, action), for obs (N, h, w, c)."""
-    return F.log_softmax(actor(obs, counts), dim=-1)
-
-
-# Checks of the arguments
+    fisher_trace = plasticity.fisher_trace(
+        actor, lambda: F.log_softmax(actor(obs, counts), dim=-1), actor.masks
+    )
+    return metrics | {"plasticity/fisher_trace": fisher_trace}
 
 
 def require(args: Args, names: str, allowed, what: str) -> None:
@@ -835,52 +761,41 @@ def require(args: Args, names: str, allowed, what: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def check_tasks(env_ids: tuple[str, ...]) -> None:
-    """Raise ValueError for a task that no run can have."""
-    spaces = []
-    for env_id in env_ids:
+def check_tasks(args: Args) -> None:
+    """Raise ValueError for a task that cannot be played, or not by the first one's networks."""
+    require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "tasks that are named once")
+    for env_id in args.env_ids:
         try:
-            env = make_env(env_id)
+            env, first = make_env(env_id), make_env(args.env_ids[0])
             env.reset(seed=0)  # some find here alone that they cannot
+            make_networks(args)
         except Exception as error:  # an environment may raise anything
             raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
-        view, actions = env.observation_space, env.action_space
-        spaces.append((view, actions))
-        is_image = np.issubdtype(view.dtype, np.integer) and len(view.shape) == 3
-        if not (is_image and min(view.shape[:2]) > 3 and isinstance(actions, gym.spaces.Discrete)):
-            what = "discrete actions and an integer image (h, w, c) of 4 x 4 or more"
-            raise ValueError(f"--env-ids {env_id}: must have {what}, not {actions}, {view}")
-        if spaces[-1] != spaces[0]:
-            raise ValueError(f"--env-ids {env_id}: {spaces[-1]} must equal the first's {spaces[0]}")
+        spaces = env.observation_space, env.action_space
+        if spaces != (first.observation_space, first.action_space):
+            raise ValueError(f"--env-ids {env_id}: must have the first task's spaces, not {spaces}")
 
 
 def check_run(args: Args) -> None:
     """Raise ValueError for an argument that no script can have."""
-    require(args, "sparsity srank_delta", lambda x: 0 <= x < 1, "in [0, 1)")
-    require(args, "seed dormant_tau", lambda x: 0 <= x < math.inf, "at least 0")
-    counts = "eval_frequency eval_episodes plasticity_frequency plasticity_batch_size"
-    require(args, f"{counts} checkpoint_frequency num_threads", lambda x: x >= 1, "at least 1")
+    numbers = " ".join(name for name, x in vars(args).items() if isinstance(x, int | float))
+    require(args, numbers, lambda x: 0 <= x < math.inf, "at least 0")
+    counts = "eval_episodes plasticity_batch_size num_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "sparsity srank_delta", lambda x: x < 1, "below 1")
     require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
-    if args.resume is not None:
-        load_checkpoint(args.resume)
-    elif args.run_dir is not None:
-        is_new = not (Path(args.run_dir) / "checkpoint.pt").exists()
-        require(args, "run_dir", lambda _: is_new, "a folder without a run, to go on: --resume")
-
-
-# Run folder
+    is_new = args.resume or not args.run_dir or not Path(args.run_dir, "checkpoint.pt").exists()
+    require(args, "run_dir", lambda _: is_new, "a folder without a run, or given to --resume")
 
 
 def load_checkpoint(run_dir: str) -> dict:
-    """The checkpoint of a run of this script. Raises ValueError for a folder of anything else."""
-    path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"--resume {run_dir}: must be the folder of a run, with a checkpoint.pt")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    of_script = checkpoint["script"], checkpoint["args"].keys()
-    if of_script != (Path(__file__).stem, Args.__dataclass_fields__.keys()):
-        raise ValueError(f"--resume {run_dir}: must be a run of this version of {Path(__file__)}")
-    return checkpoint
+    """The checkpoint of a run of this script. Raises ValueError for any other folder."""
+    path, script = Path(run_dir, "checkpoint.pt"), Path(__file__).stem
+    state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": "nothing"}
+    if state["script"] != script or state["args"].keys() != vars(Args()).keys():
+        what = f"holds a run of {state['script']}, must be one of this version of {script}"
+        raise ValueError(f"--resume {run_dir}: {what}")
+    return state
 
 
 def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
@@ -892,21 +807,11 @@ def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
-def check_finite(networks: dict[str, nn.Module], timestep: int) -> None:
-    """Raise FloatingPointError where training has diverged."""
-    for name, network in networks.items():
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            raise FloatingPointError(
-                f"timestep {timestep}: a parameter of the {name} is not finite"
-            )
-
-
 class Run:
     """A run's folder with its log and its checkpoint, its timestep and its progress bar."""
 
     def __init__(self, args: Args, name: str, device: str, stride: int, parts: dict):
-        """name: of the default folder; stride: timesteps of an iteration; parts: what a checkpoint
-        holds, by name, each with state_dict and load_state_dict."""
+        """stride: timesteps of an iteration; parts: what a checkpoint holds, each by its name."""
         self.args, self.stride, self.parts = args, stride, parts
         self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
         self.last_timestep = args.total_timesteps // stride * stride
@@ -914,12 +819,13 @@ class Run:
         default = f"runs/{name}__{script}__{args.seed}__{time.time_ns() // 10**6}"
         self.folder = Path(args.resume or args.run_dir or default)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / "lock")  # the system frees it, however the run ends
-        self.lock.acquire(timeout=0)
-        if args.resume is None:
-            self.save()
-        else:
-            self.load()
+        self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
+        if args.resume is not None:
+            state = load_checkpoint(self.folder)
+            self.timestep, self.evaluation = state["timestep"], state["evaluation"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
             file.rename(self.folder / f"events.out.tfevents.{i:010d}")
@@ -927,19 +833,13 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"to go on after a stop: python {script}.py --resume {quote(str(self.folder))}")
-        seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of the bar
-        bar = dict(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
-        self.bar = tqdm(**bar, mininterval=seconds)
-
-    def reached(self, frequency: int, times: float = math.inf) -> bool:
-        """Whether this iteration came to one of the first times multiples of frequency (0: off)."""
-        multiples = self.timestep // frequency if frequency else 0
-        return 0 < multiples <= times and self.timestep % frequency < self.stride
+        print(f"if it is stopped: python {script}.py --resume {self.folder}", flush=True)
+        self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
-        """Whether it did, or is the run's last one."""
-        return self.reached(frequency) or self.timestep == self.last_timestep
+        """Whether this iteration came to a multiple of frequency (0: never) or is the last one."""
+        came = frequency > 0 and self.timestep % frequency < self.stride
+        return came or self.timestep == self.last_timestep
 
     def end_iteration(self, scalars: dict[str, float]) -> None:
         """Log, show how the run goes, and save a checkpoint if it is time to."""
@@ -948,7 +848,7 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
         for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
-            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}")
+            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}", sys.stderr)
         returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
         self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
         self.bar.update(self.stride)
@@ -958,55 +858,35 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
-        state = {"script": Path(__file__).stem, "timestep": self.timestep}
-        state |= {"args": asdict(self.args) | dict(resume=None, run_dir=None)}
-        state |= {"evaluation": self.evaluation}
+        state = dict(script=Path(__file__).stem, timestep=self.timestep, evaluation=self.evaluation)
+        state["args"] = asdict(self.args) | dict(resume=None, run_dir=None)
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        with open(self.folder / "checkpoint.partial", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")
-
-    def load(self) -> None:
-        """Go on from the checkpoint, and say which arguments have changed since."""
-        state = load_checkpoint(self.folder)
-        self.timestep, self.evaluation = state["timestep"], state["evaluation"]
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        for name, before in state["args"].items():
-            now = getattr(self.args, name)
-            if now != before and name not in ("resume", "run_dir"):
-                print(f"--{name.replace('_', '-')} {now} from here on, {before} before")
+        partial_file = self.folder / "checkpoint.partial"
+        torch.save(state, partial_file)
+        partial_file.replace(self.folder / "checkpoint.pt")
 
     def finish(self) -> Path:
         """Print the last evaluation, a row per task and their mean. Returns the folder."""
         self.bar.close()
         self.writer.close()
-        self.lock.release()
-        values = np.array([list(column.values()) for column in self.evaluation.values()]).T
-        tasks = [*next(iter(self.evaluation.values())), "mean"]
-        print(f"{'task':26}" + "".join(f"{name.replace('_', ' '):>19}" for name in self.evaluation))
-        for task, row in zip(tasks, [*values, values.mean(0)], strict=True):
-            print(f"{task:26}" + "".join(f"{value:19.3f}" for value in row))
+        columns = self.evaluation.values()
+        print(f"{'task':20}", *(f"{what.replace('_', ' '):>18}" for what in self.evaluation))
+        for task in next(iter(columns)):
+            print(f"{task:20}", *(f"{column[task]:18.3f}" for column in columns))
+        print(f"{'mean':20}", *(f"{np.mean([*column.values()]):18.3f}" for column in columns))
         print(f"finished: {self.folder}")
         return self.folder
 
 
-def parse_args() -> Args:
-    """The command line's arguments. With --resume, those of the run are the defaults."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
+    parser.add_argument("--resume")  # of a run whose arguments are the defaults of this one's
     run_dir = parser.parse_known_args()[0].resume
     try:
         own = load_checkpoint(run_dir)["args"] if run_dir else {}
     except ValueError as error:
         parser.error(str(error))
-    return tyro.cli(Args, default=Args(**own))
-
-
-if __name__ == "__main__":
     try:
-        train(parse_args())
+        train(tyro.cli(Args, default=Args(**own)))
     except FloatingPointError as error:
         sys.exit(f"error: {error}")

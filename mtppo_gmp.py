@@ -49,34 +49,34 @@ class Args:
     """Multi-task PPO with gradual magnitude pruning on MiniGrid."""
 
     # Tasks
-    benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # set of tasks to train on
-    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead of a benchmark (one: single-task PPO)
-    seed: int = 1  # seed of the networks, the environments and every draw
+    benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # tasks to train on
+    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead (one: single-task PPO)
+    seed: int = 1  # of the networks, the environments and every draw
     total_timesteps: int = 400_000  # environment steps per task
 
     # PPO
-    num_steps: int = 2000  # timesteps of a rollout, per task and iteration
+    num_steps: int = 2000  # timesteps of a rollout, per task
     actor_lr: float = 1e-3  # learning rate of the actor's Adam
     critic_lr: float = 1e-3  # learning rate of the critic's Adam
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of advantage estimation (Schulman et al. 2016)
+    gae_lambda: float = 0.95  # lambda of GAE (Schulman et al. 2016)
     clip_coef: float = 0.2  # clipping range of the probability ratio
     ent_coef: float = 0.01  # coefficient of the entropy bonus
-    update_epochs: int = 8  # epochs of the actor over each rollout
-    minibatch_size: int = 256  # samples per task in a minibatch of the actor
-    critic_epochs: int = 1  # epochs of the critic over each rollout
-    critic_minibatch_size: int = 2000  # samples per task in a minibatch of the critic
+    update_epochs: int = 8  # epochs of the actor over a rollout
+    minibatch_size: int = 256  # samples per task in an actor's minibatch
+    critic_epochs: int = 1  # epochs of the critic over a rollout
+    critic_minibatch_size: int = 2000  # samples per task in a critic's minibatch
 
     # Gradual magnitude pruning
-    sparsity: float = 0.95  # share of pruned weights (0: the dense baseline)
+    sparsity: float = 0.95  # share of pruned weights (0: dense)
     prune_start: float = 0.05  # share of training after which pruning begins
-    prune_end: float = 0.80  # share of training after which the final sparsity holds
+    prune_end: float = 0.80  # share of training after which sparsity is full
     prune_frequency: int = 500  # timesteps between two mask updates
-    prune_scope: Literal["layer", "global"] = "global"  # rank weights per layer or per network
+    prune_scope: Literal["layer", "global"] = "global"  # rank weights per layer or over the network
 
     # Methods to compare with
     weight_decay: float = 0.0  # L2 coefficient of Adam
-    layer_norm: bool = False  # normalise each hidden layer before its nonlinearity, no gain or bias
+    layer_norm: bool = False  # LayerNorm before each nonlinearity, without gain and bias
     redo_frequency: int = 0  # timesteps between two uses of ReDo, Sokar et al. 2023 (0: off)
     redo_tau: float = 0.001  # score up to which ReDo recycles a neuron
     reset_frequency: int = 0  # timesteps between output resets, Nikishin et al. 2022 (0: off)
@@ -86,32 +86,28 @@ class Args:
     # Evaluation and plasticity metrics
     eval_frequency: int = 10_000  # timesteps between two evaluations
     eval_episodes: int = 25  # episodes per task in an evaluation
-    plasticity_frequency: int = 10_000  # timesteps between two measurements of plasticity
-    plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
-    plasticity_buffer_size: int = 100_000  # latest observations to draw them from, over all tasks
-    dormant_tau: float = 0.001  # score up to which a neuron is dormant (Sokar et al. 2023)
-    srank_delta: float = 0.01  # singular values' share left out of the rank (Kumar et al. 2021)
+    plasticity_frequency: int = 10_000  # timesteps between two measurements
+    plasticity_batch_size: int = 1024  # observations measured on, over all tasks
+    plasticity_buffer_size: int = 100_000  # latest observations to draw them from
+    dormant_tau: float = 0.001  # score up to which a neuron is dormant
+    srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
-    run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
+    run_dir: str | None = None  # folder of log and checkpoint (default: runs/...)
     checkpoint_frequency: int = 10_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with; its flags are the defaults
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
         check = partial(require, self)
-        check("actor_lr critic_lr clip_coef", lambda x: 0 < x < math.inf, "positive")
-        check("ent_coef weight_decay redo_tau max_resets", lambda x: x >= 0, "at least 0")
-        check("gamma gae_lambda", lambda x: 0 <= x <= 1, "in [0, 1]")
-        check("prune_end", lambda x: 0 < x <= 1, "in (0, 1]")
-        check("prune_start", lambda x: 0 <= x < self.prune_end, f"in [0, {self.prune_end})")
         check("num_steps update_epochs minibatch_size", lambda x: x >= 1, "at least 1")
         check("critic_epochs critic_minibatch_size prune_frequency", lambda x: x >= 1, "at least 1")
+        check("gamma gae_lambda prune_end", lambda x: x <= 1, "at most 1")
+        check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
         least, text = self.num_steps, f"at least --num-steps {self.num_steps}"
         check("total_timesteps", lambda x: x >= least, text)
         check("redo_frequency reset_frequency", lambda x: x == 0 or x >= least, f"0 or {text}")
-        check("plasticity_buffer_size", lambda x: x >= len(task_ids(self)), "at least 1 a task")
         check_tasks(self)
         check_run(self)
 
@@ -249,8 +245,7 @@ def update_masks(networks: dict, args: Args, last_timestep: int, timestep: int) 
 
 
 def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Set to zero what the optimiser remembers (moments, momentum) of some of a parameter's
-    entries; where: bool, in its shape or broadcast to it."""
+    """Zero the moments that the optimiser keeps of some of a parameter's entries. where: bool."""
     for remembered in optimizer.state.get(parameter, {}).values():
         if isinstance(remembered, Tensor) and remembered.shape == parameter.shape:
             remembered.masked_fill_(where, 0.0)
@@ -267,15 +262,13 @@ def redo(network: nn.Module, optimizer, obs: Tensor, tau: float) -> None:
     hidden, _, _ = network.activations(obs.flatten(0, 1), [obs.shape[1]] * len(obs))
     alive = plasticity.alive_neurons(network)
     for layer, following, h, a in zip(layers[:-1], layers[1:], hidden, alive, strict=True):
-        if h.dim() == 4:  # a convolution: dormant (C,)
-            dormant = a & (plasticity.dormant_scores(h, a) <= tau)
+        dormant = a & (plasticity.dormant_scores(h, a) <= tau)
+        if h.dim() == 3:  # heads: dormant (task, H)
+            incoming, outgoing = dormant[:, :, None], dormant[:, None]
+        else:  # a convolution: dormant (C,)
             incoming, outgoing = dormant[:, None, None, None], dormant[:, None, None]
             if following.weight.dim() == 3:  # its features lie place by place
                 outgoing = dormant.repeat(h[0, 0].numel())
-        else:  # heads: dormant (task, H)
-            scores = [plasticity.dormant_scores(*task) for task in zip(h, a, strict=True)]
-            dormant = a & (torch.stack(scores) <= tau)
-            incoming, outgoing = dormant[:, :, None], dormant[:, None]
         fresh = copy.deepcopy(layer)
         fresh.reset_parameters()
         for parameter, where, values in (
@@ -413,8 +406,7 @@ def collect(envs: list, policy: PolicyTable, seeds, num_steps: int, timestep=0, 
 
 def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016, equation 16); all (task, num_steps).
-    A termination does not bootstrap from next_values, a truncation and the rollout's end do; no
-    estimate reaches over the end of an episode."""
+    A termination does not bootstrap from next_values, a truncation and the rollout's end do."""
     deltas = rollout.reward + gamma * next_values * ~rollout.terminated - values
     decay = gamma * gae_lambda * ~rollout.done
     advantages, running = torch.empty_like(deltas), torch.zeros_like(deltas[:, 0])
@@ -463,20 +455,20 @@ def actor_losses(logits, actions, old_log_probs, advantages, clip_coef: float, e
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
-    logged = {
-        "policy_loss": -surrogate.mean(),
-        "entropy": entropy.mean(),
-        "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
-    }
     losses = -(surrogate + ent_coef * entropy).mean(1)
+    logged = {"policy_loss": -surrogate.mean(), "entropy": entropy.mean()}
+    logged["approx_kl"] = (ratio - 1 - log_ratio).mean()
+    logged["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
     return losses, {name: value.detach() for name, value in logged.items()}
 
 
-def descend(losses: Tensor, network: nn.Module, optimizer, backward) -> None:
+def descend(losses: Tensor, network: nn.Module, optimizer, backward=None) -> None:
     """One step down the gradient of the mean of losses (task,), or what backward makes of them."""
     optimizer.zero_grad()
-    losses.mean().backward() if backward is None else backward(losses, network)
+    if backward is None:
+        losses.mean().backward()
+    else:
+        backward(losses, network)
     optimizer.step()
     apply_masks(network)
 
@@ -518,9 +510,9 @@ def train(args: Args) -> Path:
     seed_all(args.seed, NETWORKS, 0)
     networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
-    lrs = {"actor": args.actor_lr, "critic": args.critic_lr}
     adam = partial(Adam, weight_decay=args.weight_decay, fused=True)
-    optimizers = {name: adam(networks[name].parameters(), lr) for name, lr in lrs.items()}
+    optimizers = {"actor": adam(actor.parameters(), args.actor_lr)}
+    optimizers["critic"] = adam(critic.parameters(), args.critic_lr)
     space = envs[0].observation_space
     dtype, size = torch.as_tensor(space.sample()).dtype, args.plasticity_buffer_size
     buffer = plasticity.ObservationBuffer(size, num_tasks, space.shape, dtype, device)
@@ -562,8 +554,8 @@ def train(args: Args) -> Path:
             policy.refresh()
             run.evaluation = summarize(tasks, evaluate(policy, eval_envs, env_seeds))
             scalars |= tags("eval", run.evaluation)
-            scores = run.evaluation["normalized_return"]
-            scalars["eval/normalized_return"] = sum(scores.values()) / num_tasks
+            scores = run.evaluation["normalized_return"].values()
+            scalars["eval/normalized_return"] = sum(scores) / num_tasks
 
         # Intervene: after the evaluation of what was trained, before the next acting
         if run.timestep < run.last_timestep:
@@ -594,6 +586,8 @@ BEST_RETURN = {
     "SimpleCrossingS9N2": 1 - 0.9 * 15 / 324,
     "MultiRoom-N2-S4": 1 - 0.9 * 5 / 40,
 }
+VIEWS = {}  # (task, state of its grid) -> view, that of all environments
+NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)  # purposes of a seed
 
 
 def task_ids(args: Args) -> list[str]:
@@ -602,36 +596,27 @@ def task_ids(args: Args) -> list[str]:
     return list(args.env_ids) or [f"MiniGrid-{task}-v0" for task in tasks]
 
 
-VIEWS = {}  # (task, state of its grid) -> view
-
-
-def remember_views(env: gym.Env) -> None:
-    """Make a MiniGrid environment draw the view of each state of its grid once: that takes most of
-    a step, and states come again and again. All environments of a task share what they remember."""
-    game = env.unwrapped
-    if not isinstance(game, MiniGridEnv) or type(game).gen_obs is not MiniGridEnv.gen_obs:
-        return  # it has views of its own
-    draw = game.gen_obs
-
-    def gen_obs():
-        cells = [(0,) if cell is None else cell.encode() for cell in game.grid.grid]
-        place = game.grid.width, *game.agent_pos, game.agent_dir
-        carried = game.carrying and game.carrying.encode()
-        state = env.spec.id, place, carried, bytes(chain.from_iterable(cells))
-        if state not in VIEWS:
-            if len(VIEWS) >= 50_000:  # about 50 MB
-                VIEWS.clear()
-            VIEWS[state] = draw()["image"]
-        view = VIEWS[state].copy()
-        return {"image": view, "direction": game.agent_dir, "mission": game.mission}
-
-    game.gen_obs = gen_obs
-
-
 def make_env(env_id: str) -> gym.Env:
-    """A task seen as its partial (h, w, c) view of integer codes."""
+    """A task seen as its partial (h, w, c) view of integer codes. To draw a view takes most of
+    MiniGrid's step: it is drawn once for each state of the grid, for all environments of a task."""
     env = gym.make(env_id, disable_env_checker=True)
-    remember_views(env)
+    game = env.unwrapped
+    if isinstance(game, MiniGridEnv) and type(game).gen_obs is MiniGridEnv.gen_obs:
+        draw = game.gen_obs
+
+        def gen_obs():
+            cells = [(0,) if cell is None else cell.encode() for cell in game.grid.grid]
+            place = game.grid.width, *game.agent_pos, game.agent_dir
+            carried = game.carrying and game.carrying.encode()
+            state = env_id, place, carried, bytes(chain.from_iterable(cells))
+            if state not in VIEWS:
+                if len(VIEWS) >= 50_000:  # about 50 MB
+                    VIEWS.clear()
+                VIEWS[state] = draw()["image"]
+            view = VIEWS[state].copy()
+            return {"image": view, "direction": game.agent_dir, "mission": game.mission}
+
+        game.gen_obs = gen_obs
     return RecordEpisodeStatistics(ImgObsWrapper(env))
 
 
@@ -641,9 +626,6 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     outputs = {"actor": int(env.action_space.n), "critic": 1}
     make = partial(MultiHeadNetwork, env.observation_space.shape, num_tasks)
     return {name: make(size, args).to(device) for name, size in outputs.items()}
-
-
-NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)
 
 
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
@@ -698,8 +680,7 @@ def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) 
         with torch.no_grad():
             hidden, features, _ = network.activations(obs, counts)
         alive = plasticity.alive_neurons(network)
-        layers, alive = [*hidden[:-1], *hidden[-1]], [*alive[:-1], *alive[-1]]  # each head apart
-        dormant = plasticity.dormant_ratio(layers, args.dormant_tau, alive)
+        dormant = plasticity.dormant_ratio(hidden, args.dormant_tau, alive)
         metrics[f"plasticity/{name}_dormant_ratio"] = dormant
         rank = plasticity.effective_rank(features, args.srank_delta)
         metrics[f"plasticity/{name}_effective_rank"] = rank
@@ -718,28 +699,27 @@ def require(args: Args, names: str, allowed, what: str) -> None:
 
 
 def check_tasks(args: Args) -> None:
-    """Raise ValueError for a task that no run can have."""
+    """Raise ValueError for a task that cannot be played, or not by the first one's networks."""
     require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "tasks that are named once")
     for env_id in args.env_ids:
         try:
             env, first = make_env(env_id), make_env(args.env_ids[0])
             env.reset(seed=0)  # some find here alone that they cannot
+            make_networks(args)
         except Exception as error:  # an environment may raise anything
             raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
-        view, actions = env.observation_space, env.action_space
-        fits = np.issubdtype(view.dtype, np.integer) and len(view.shape) == 3
-        fits = fits and min(view.shape[:2]) > 3 and isinstance(actions, gym.spaces.Discrete)
-        if not fits or (view, actions) != (first.observation_space, first.action_space):
-            what = "discrete actions and an integer image of 4 x 4 or more, the first task's too"
-            raise ValueError(f"--env-ids {env_id}: must have {what}, not {actions} and {view}")
+        spaces = env.observation_space, env.action_space
+        if spaces != (first.observation_space, first.action_space):
+            raise ValueError(f"--env-ids {env_id}: must have the first task's spaces, not {spaces}")
 
 
 def check_run(args: Args) -> None:
     """Raise ValueError for an argument that no script can have."""
-    require(args, "sparsity srank_delta", lambda x: 0 <= x < 1, "in [0, 1)")
-    require(args, "seed dormant_tau", lambda x: 0 <= x < math.inf, "at least 0")
-    counts = "eval_frequency eval_episodes plasticity_frequency plasticity_batch_size"
-    require(args, f"{counts} checkpoint_frequency num_threads", lambda x: x >= 1, "at least 1")
+    numbers = " ".join(name for name, x in vars(args).items() if isinstance(x, int | float))
+    require(args, numbers, lambda x: 0 <= x < math.inf, "at least 0")
+    counts = "eval_episodes plasticity_batch_size num_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "sparsity srank_delta", lambda x: x < 1, "below 1")
     require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
     is_new = args.resume or not args.run_dir or not Path(args.run_dir, "checkpoint.pt").exists()
     require(args, "run_dir", lambda _: is_new, "a folder without a run, or given to --resume")
@@ -747,11 +727,11 @@ def check_run(args: Args) -> None:
 
 def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script. Raises ValueError for any other folder."""
-    path = Path(run_dir, "checkpoint.pt")
+    path, script = Path(run_dir, "checkpoint.pt"), Path(__file__).stem
     state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": "nothing"}
-    if state["script"] != Path(__file__).stem or state["args"].keys() != vars(Args()).keys():
-        what = f"the folder of a run of this version of {Path(__file__).name}"
-        raise ValueError(f"--resume {run_dir}: must be {what}, holds one of {state['script']}")
+    if state["script"] != script or state["args"].keys() != vars(Args()).keys():
+        what = f"holds a run of {state['script']}, must be one of this version of {script}"
+        raise ValueError(f"--resume {run_dir}: {what}")
     return state
 
 
@@ -768,8 +748,7 @@ class Run:
     """A run's folder with its log and its checkpoint, its timestep and its progress bar."""
 
     def __init__(self, args: Args, name: str, device: str, stride: int, parts: dict):
-        """name: of the default folder; stride: timesteps of an iteration; parts: what a checkpoint
-        holds, by name, each with state_dict and load_state_dict."""
+        """stride: timesteps of an iteration; parts: what a checkpoint holds, each by its name."""
         self.args, self.stride, self.parts = args, stride, parts
         self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
         self.last_timestep = args.total_timesteps // stride * stride
@@ -777,8 +756,7 @@ class Run:
         default = f"runs/{name}__{script}__{args.seed}__{time.time_ns() // 10**6}"
         self.folder = Path(args.resume or args.run_dir or default)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / "lock")  # the system frees it, however the run ends
-        self.lock.acquire(timeout=0)
+        self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
         if args.resume is not None:
             state = load_checkpoint(self.folder)
             self.timestep, self.evaluation = state["timestep"], state["evaluation"]
@@ -792,7 +770,7 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"after a stop: python {script}.py --resume {self.folder}", flush=True)
+        print(f"if it is stopped: python {script}.py --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
@@ -807,8 +785,7 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
         for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
-            score = f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}"
-            self.bar.write(score, file=sys.stderr)
+            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}", sys.stderr)
         returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
         self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
         self.bar.update(self.stride)

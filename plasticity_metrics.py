@@ -17,11 +17,14 @@ from torch import Tensor
 def dormant_scores(activation: Tensor, alive: Tensor | None = None) -> Tensor:
     """Score of each neuron: its mean |activation| over the mean of that over the layer.
 
-    activation: (N, H), or (N, C, h, w) where a channel is one neuron.
-    alive: bool (H,) or (C,), the neurons that make up the layer's mean (default: all).
-    Returns (H,) or (C,); all zeros for a layer that is silent as a whole.
+    activation: (N, H), or (N, C, h, w) where a channel is one neuron, or (stack, N, H), layers side
+    by side. alive: bool (H,), (C,) or (stack, H), the neurons that make up a layer's mean (default:
+    all). Returns the shape of alive; all zeros for a layer that is silent as a whole.
     Source: Sokar et al. 2023, "The Dormant Neuron Phenomenon in Deep RL", definition 3.1.
     """
+    if activation.dim() == 3 and len(activation):
+        layers = zip(activation, [None] * len(activation) if alive is None else alive, strict=True)
+        return torch.stack([dormant_scores(*layer) for layer in layers])
     if activation.dim() not in (2, 4) or activation.numel() == 0:
         raise ValueError(f"activation: (N, H) or (N, C, h, w), not {tuple(activation.shape)}")
     if not activation.isfinite().all():
@@ -41,19 +44,20 @@ def dormant_ratio(
 ) -> float:
     """Share of neurons with a score of at most tau, pooled over all hidden layers.
 
-    activations: one (N, H) or (N, C, h, w) tensor per hidden layer.
-    alive: one bool mask (H,) or (C,) per layer; the others (a neuron whose incoming weights
-    are all pruned) enter neither a layer's mean nor the count.
+    activations: one tensor per hidden layer, or stack of layers, as for dormant_scores.
+    alive: one bool mask per tensor; the others (a neuron whose incoming weights are all pruned)
+    enter neither a layer's mean nor the count.
     Source: Sokar et al. 2023, definition 3.2.
     """
     if not activations:
         raise ValueError("activations: an empty list")
-    if alive is None:
-        alive = [torch.ones(a.shape[1:2], dtype=torch.bool, device=a.device) for a in activations]
+    alive = [None] * len(activations) if alive is None else alive
     if len(alive) != len(activations):
         raise ValueError(f"alive: {len(alive)} masks for {len(activations)} layers")
-    scores = torch.cat([dormant_scores(*layer) for layer in zip(activations, alive, strict=True)])
-    counted = torch.cat(alive)
+    scores = [dormant_scores(*layer) for layer in zip(activations, alive, strict=True)]
+    pairs = zip(alive, scores, strict=True)
+    counted = [torch.ones_like(score).bool() if mask is None else mask for mask, score in pairs]
+    scores, counted = (torch.cat([x.flatten() for x in xs]) for xs in (scores, counted))
     if not counted.any():
         raise ValueError("alive: no neuron left to measure")
     return (scores[counted] <= tau).float().mean().item()
