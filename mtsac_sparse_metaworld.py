@@ -17,13 +17,12 @@ agent; a timestep is one environment step of one task. Tensors are (task, batch,
 import argparse
 import copy
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from shlex import quote
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -51,83 +50,74 @@ class Args:
     """Multi-task multi-head SAC with sparse networks on Meta-World."""
 
     # Tasks
-    benchmark: Literal["MT10", "MT50"] = "MT10"  # set of tasks to train on
-    env_names: tuple[str, ...] = ()  # Meta-World names instead of a benchmark (one: single-task)
-    seed: int = 1  # seed of the networks, the environments and every draw
+    benchmark: Literal["MT10", "MT50"] = "MT10"  # tasks to train on
+    env_names: tuple[str, ...] = ()  # Meta-World names instead (one: single-task SAC)
+    seed: int = 1  # of the networks, the environments and every draw
     total_timesteps: int = 20_000_000  # environment steps over all tasks
-    vectorization: Literal["async", "sync"] = "async"  # a process for each environment, or this one
+    vectorization: Literal["async", "sync"] = "async"  # a process for each environment, or none
 
     # SAC
     batch_size: int = 128  # transitions of a batch, of each task
-    buffer_size: int = 1_000_000  # transitions that the replay buffer holds, over all tasks
-    learning_starts: int = 40_000  # timesteps of uniformly random actions before the first update
+    buffer_size: int = 1_000_000  # transitions in the replay buffer, over all tasks
+    learning_starts: int = 40_000  # timesteps of random actions before the first update
     updates_per_step: int = 1  # updates after each step of all environments
     actor_lr: float = 3e-4  # learning rate of the actor's Adam
     critic_lr: float = 3e-4  # learning rate of the critic's Adam
     alpha_lr: float = 3e-4  # learning rate of the temperatures' Adam
     adam_eps: float = 1e-5  # epsilon of every Adam
-    max_grad_norm: float = 1.0  # largest norm of a network's gradient, without pruned weights
+    max_grad_norm: float = 1.0  # largest norm of a network's gradient
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critics towards the critics at each update
-    max_q: float = 5000.0  # largest absolute value of a critic's target (0: no limit)
+    tau: float = 0.005  # step of the target critics towards the critics
+    max_q: float = 5000.0  # largest absolute value of a target (0: no limit)
     bootstrap_at_truncation: bool = True  # go on with the critics' value at the time limit
+    weight_decay: float = 0.0  # L2 coefficient of Adam
+    layer_norm: bool = False  # LayerNorm before each nonlinearity, without gain and bias
 
-    # Sparsity
+    # Gradual magnitude pruning and sparse evolutionary training
     prune: Literal["actor", "critic", "both", "none"] = "actor"  # what is sparse (none: dense)
-    sparsifier: Literal["gmp", "set"] = "gmp"  # prune gradually (gmp), or sparse evolution (set)
-    sparsity: float = 0.95  # share of pruned weights (0: the dense baseline)
+    sparsifier: Literal["gmp", "set"] = "gmp"  # prune gradually, or sparse evolution
+    sparsity: float = 0.95  # share of pruned weights (0: dense)
     prune_start: float = 0.05  # share of training after which pruning begins
-    prune_end: float = 0.80  # share of training after which the final sparsity holds
+    prune_end: float = 0.80  # share of training after which sparsity is full
     prune_frequency: int = 5000  # timesteps between two mask updates
-    prune_scope: Literal["layer", "global"] = "layer"  # rank weights per layer or per network
+    prune_scope: Literal["layer", "global"] = "layer"  # rank weights per layer or over the network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
     set_frequency: int = 2000  # timesteps between two SET updates
     set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
     set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
-    # Methods to compare with
-    weight_decay: float = 0.0  # L2 coefficient of Adam
-    layer_norm: bool = False  # normalise each hidden layer before its nonlinearity, no gain or bias
-
     # Evaluation and plasticity metrics
     eval_frequency: int = 200_000  # timesteps between two evaluations
     eval_episodes: int = 50  # episodes per task in an evaluation
-    plasticity_frequency: int = 200_000  # timesteps between two measurements of plasticity
-    plasticity_batch_size: int = 1024  # observations they use, the same number per task, rounded up
-    dormant_tau: float = 0.001  # score up to which a neuron is dormant (Sokar et al. 2023)
-    srank_delta: float = 0.01  # singular values' share left out of the rank (Kumar et al. 2021)
+    plasticity_frequency: int = 200_000  # timesteps between two measurements
+    plasticity_batch_size: int = 1024  # observations measured on, over all tasks
+    dormant_tau: float = 0.001  # score up to which a neuron is dormant
+    srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
-    run_dir: str | None = None  # log and checkpoint (default: runs/<benchmark>__<script>__...)
+    run_dir: str | None = None  # folder of log and checkpoint (default: runs/...)
     checkpoint_frequency: int = 20_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with; its flags are the defaults
     num_threads: int = torch.get_num_threads()  # torch threads
 
     def __post_init__(self):
-        rates = "actor_lr critic_lr alpha_lr adam_eps max_grad_norm"
-        require(self, rates, lambda x: 0 < x < math.inf, "positive")
-        require(self, "max_q weight_decay", lambda x: 0 <= x < math.inf, "at least 0")
-        require(self, "gamma", lambda x: 0 <= x <= 1, "in [0, 1]")
-        require(self, "tau prune_end", lambda x: 0 < x <= 1, "in (0, 1]")
-        below_end = f"in [0, --prune-end {self.prune_end})"
-        require(self, "prune_start", lambda x: 0 <= x < self.prune_end, below_end)
-        require(self, "set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
-        require(self, "set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
-        require(self, "batch_size updates_per_step", lambda x: x >= 1, "at least 1")
-        require(self, "prune_frequency set_frequency", lambda x: x >= 1, "at least 1")
-        of_metaworld = "different tasks of Meta-World, like reach-v3"
-        is_right = len({*self.env_names} & {*ALL_V3_ENVIRONMENTS}) == len(self.env_names)
-        require(self, "env_names", lambda _: is_right, of_metaworld)
+        check = partial(require, self)
+        check("batch_size updates_per_step", lambda x: x >= 1, "at least 1")
+        check("prune_frequency set_frequency", lambda x: x >= 1, "at least 1")
+        check("gamma tau prune_end", lambda x: x <= 1, "at most 1")
+        check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
+        check("set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
+        check("set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
+        right = len({*self.env_names} & {*ALL_V3_ENVIRONMENTS}) == len(self.env_names)
+        check("env_names", lambda _: right, "different tasks of Meta-World, like reach-v3")
         num_tasks = len(task_ids(self))
-        episodes = num_tasks * EPISODE_STEPS
-        an_episode = f"at least {episodes}, an episode of each task"
-        require(self, "total_timesteps", lambda x: x >= episodes, an_episode)
-        before_end = f"in [0, --total-timesteps {self.total_timesteps})"
-        require(self, "learning_starts", lambda x: 0 <= x < self.total_timesteps, before_end)
+        least, text = num_tasks * EPISODE_STEPS, "at least an episode of every task"
+        check("total_timesteps", lambda x: x >= least, text)
+        check("learning_starts", lambda x: x < self.total_timesteps, "below --total-timesteps")
         batch = num_tasks * self.batch_size
-        require(self, "buffer_size", lambda x: x >= batch, f"at least {batch}, a batch")
+        check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
         check_run(self)
 
 
@@ -244,24 +234,19 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     scores = {name: weight.abs() for name, weight in weights.items()}
     for name, mask in network.masks.items():
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
-    if scope == "layer":
-        for name, weight in weights.items():
-            rows = scores[name].reshape(network.layers[name], -1)  # (layer, its weights)
-            keep = rows.shape[1] - round(sparsity * rows.shape[1])
-            if keep == 0:
-                raise ValueError(f"leaves none of the {rows.shape[1]} weights of a {name}")
-            network.masks[name] = keep_largest(rows, keep).view_as(weight)
-    elif scope == "global":
-        row = torch.cat([score.flatten() for score in scores.values()])
-        keep = len(row) - round(sparsity * len(row))
-        if keep < sum(network.layers.values()):
-            raise ValueError(f"leaves {keep} weights, fewer than layers")
-        mask = keep_largest(row[None], keep)[0]
-        parts = mask.split([weight.numel() for weight in weights.values()])
-        for (name, weight), part in zip(weights.items(), parts, strict=True):
-            network.masks[name] = part.view_as(weight)
-    else:
-        raise ValueError(f"scope: layer or global, not {scope}")
+    if scope == "layer":  # (layer, its weights)
+        ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
+    else:  # (1, all weights)
+        ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
+    masks = []
+    for rows in ranked:
+        keep = rows.shape[1] - round(sparsity * rows.shape[1])
+        if keep < (1 if scope == "layer" else sum(network.layers.values())):
+            raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
+        masks.append(keep_largest(rows, keep).flatten())
+    masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
+    for (name, weight), mask in zip(weights.items(), masks, strict=True):
+        network.masks[name] = mask.view_as(weight)
     apply_masks(network)
 
 
@@ -273,8 +258,7 @@ def apply_masks(network: nn.Module) -> None:
 
 
 def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Set to zero what the optimiser remembers (moments, momentum) of some of a parameter's
-    entries; where: bool, in its shape or broadcast to it."""
+    """Zero the moments that the optimiser keeps of some of a parameter's entries. where: bool."""
     for remembered in optimizer.state.get(parameter, {}).values():
         if isinstance(remembered, Tensor) and remembered.shape == parameter.shape:
             remembered.masked_fill_(where, 0.0)
@@ -283,9 +267,9 @@ def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
 def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
     """Erdős–Rényi(-Kernel) densities: the share of active weights of each layer.
 
-    shapes: of the layers' weights, (out, in) or (out, in, kh, kw). A density is in proportion to
-    the sum of a shape over its product, and at most 1; one scale makes 1 - sparsity of all weights
-    active. Source: Mocanu et al. 2018, equation 3; with kernels Evci et al. 2020, section 3.
+    shapes: of the weights, (out, in) or (out, in, kh, kw). A density is in proportion to the sum of
+    a shape over its product; one scale makes 1 - sparsity of all weights active; what would pass 1
+    is dense. Source: Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels).
     """
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
@@ -301,11 +285,9 @@ def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]
 
 
 def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) -> dict[str, float]:
-    """Density of each linear layer: solved for the sparsity, or SET's own where epsilon is given.
-
-    No layer at sparsity 0. Source: Mocanu et al. 2018, equation 3. Needs network.layers, {name of
-    a layer: how many layers of one shape its weight stacks, 1 for a plain one}.
-    """
+    """Density of each linear layer: solved for the sparsity (none at 0), or SET's own where epsilon
+    is given (Mocanu et al. 2018, equation 3). Needs network.layers, {name: how many
+    layers of one shape its weight stacks, 1 for a plain one}."""
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     linear = {name: tuple(w.shape[-2:]) for name, w in weights.items() if w.dim() < 4}
     if sparsity == 0:
@@ -319,15 +301,15 @@ def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) ->
 
 def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
     """Give each of these layers a mask with exactly round(density * n) active weights at random
-    places, and apply it. Needs network.layers, as set_densities does, and network.masks, {} at
-    first; sets network.densities and each layer's grown, for evolve."""
+    places, and apply it; apply_masks must follow every optimiser step. Needs network.layers and
+    network.masks, {} at first; sets network.densities and each layer's grown, for evolve."""
     network.densities = densities
     for name, density in densities.items():
         layer = network.get_submodule(name)
         scores = torch.rand_like(layer.weight).reshape(network.layers[name], -1)
         keep = round(density * scores.shape[1])
         if keep == 0:
-            raise ValueError(f"leaves none of the {scores.shape[1]} weights of a {name}")
+            raise ValueError(f"sparsity: leaves none of {scores.shape[1]} weights of a {name}")
         network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
         layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last update
     apply_masks(network)
@@ -336,55 +318,40 @@ def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
 @torch.no_grad()
 def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -> Tensor:
     """In each layer, drop the share zeta of the active weights that is smallest in magnitude, and
-    grow as many of the places that were inactive (all of them if they are fewer).
+    grow as many of the inactive places (all if they are fewer). Source: Mocanu et al. 2018.
 
-    regrow "random" draws the places (Mocanu et al. 2018, algorithm 1); "gradient" takes those where
-    the last minibatch's gradient is largest (RigL, Evci et al. 2020), and raises ValueError if
-    there is none. Grown weights start at zero, or with grow "init" uniform in [-layer.bound,
-    layer.bound], their optimiser state is cleared. Returns the share of what the last update grew
-    that this one keeps (NaN at first). Needs what draw_masks made, and that apply_masks follows
-    every optimiser step.
+    regrow: places at "random", or where the last minibatch's "gradient" is largest (RigL, Evci et
+    al. 2020). grow: weights start at "zero", or uniform in [-bound, bound] ("init": layer.bound, by
+    default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
+    what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
     """
-    layers = {name: network.get_submodule(name) for name in network.densities}
-    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
-        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
-    if regrow == "gradient" and any(layer.weight.grad is None for layer in layers.values()):
-        raise ValueError("no gradient to grow by: evolve must follow an update")
     grown_before, kept_of_it = [], []
-    for name, layer in layers.items():
+    for name, density in network.densities.items():
+        layer = network.get_submodule(name)
         magnitudes = layer.weight.abs().reshape(network.layers[name], -1)  # (layer, its weights)
         active = network.masks[name].reshape(magnitudes.shape) > 0
-        count = round(network.densities[name] * magnitudes.shape[1])
+        count = round(density * magnitudes.shape[1])
         moved = min(round(zeta * count), magnitudes.shape[1] - count)
-        scores = torch.rand_like(magnitudes) if regrow == "random" else layer.weight.grad.abs()
-        scores = scores.reshape(magnitudes.shape).masked_fill(active, -1.0)
+        if regrow == "random":
+            scores = torch.rand_like(magnitudes)
+        elif layer.weight.grad is None:
+            raise ValueError(f"{name}: has no gradient to grow by, evolve must follow an update")
+        else:
+            scores = layer.weight.grad.abs().reshape(magnitudes.shape)
         kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        kept, grown = kept.view_as(layer.weight), keep_largest(scores, moved).view_as(layer.weight)
+        grown = keep_largest(scores.masked_fill(active, -1.0), moved).view_as(layer.weight)
+        kept = kept.view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
-            drawn = torch.empty_like(layer.weight).uniform_(-layer.bound, layer.bound)
+            bound = getattr(layer, "bound", layer.weight.shape[-1] ** -0.5)
+            drawn = torch.empty_like(layer.weight).uniform_(-bound, bound)
             layer.weight.copy_(torch.where(grown > 0, drawn, layer.weight))
         clear_state(optimizer, layer.weight, grown > 0)
         network.masks[name] = kept + grown
         layer.grown.copy_(grown)
     apply_masks(network)
-    return sum(kept_of_it) / sum(grown_before) if layers else torch.tensor(math.nan)
-
-
-def evolve_all(networks: dict, optimizers: dict, args: Args) -> dict[str, float]:
-    """SET's update of each network; the share that it keeps of what its last one grew, to log."""
-    scalars = {}
-    for name, network in networks.items():
-        kept = evolve(network, optimizers[name], args.set_zeta, args.set_regrow, args.set_grow)
-        scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
-    return scalars
-
-
-def mask_target(networks: dict) -> None:
-    """Prune the target critics like the critics."""
-    networks["target"].masks = networks["critic"].masks
-    apply_masks(networks["target"])
+    return sum(kept_of_it) / sum(grown_before) if grown_before else torch.tensor(math.nan)
 
 
 def sparse_networks(args: Args) -> tuple[str, ...]:
@@ -392,13 +359,21 @@ def sparse_networks(args: Args) -> tuple[str, ...]:
     return {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
 
 
-def prune_to_schedule(networks: dict, args: Args, progress: float) -> None:
-    """Prune what is to be sparse to the sparsity of a share of training."""
+def update_masks(networks: dict, optimizers: dict, args: Args, progress=0.0) -> dict[str, float]:
+    """SET's update, or GMP's at a share of training, of the networks that are to be sparse, and of
+    the target critics, which have the critics' masks. Returns what to log."""
+    scalars = {}
     sparsity = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
-    if sparsity > 0:
-        for name in sparse_networks(args):
+    rule = args.set_zeta, args.set_regrow, args.set_grow
+    for name in sparse_networks(args):
+        if args.sparsifier == "set":
+            kept = evolve(networks[name], optimizers[name], *rule)
+            scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
+        elif sparsity > 0:
             prune(networks[name], sparsity, args.prune_scope)
-        mask_target(networks)
+    networks["target"].masks = networks["critic"].masks
+    apply_masks(networks["target"])
+    return scalars
 
 
 # SAC
@@ -526,7 +501,6 @@ def train(args: Args) -> Path:
     networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
     networks["target"] = copy.deepcopy(critic).requires_grad_(False)
-    sparse = {name: networks[name] for name in sparse_networks(args)}
     temperatures = nn.ParameterDict({"log_alpha": torch.zeros(num_tasks)}).to(device)
     log_alpha = temperatures["log_alpha"]
     adam = partial(Adam, eps=args.adam_eps, fused=True)
@@ -541,6 +515,9 @@ def train(args: Args) -> Path:
     parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
     parts |= {"temperatures": temperatures, "buffer": buffer}
     run = Run(args, name, device, num_tasks * EPISODE_STEPS, parts)
+
+    num_updates = (run.last_timestep - args.learning_starts) // num_tasks * args.updates_per_step
+    print(f"{num_updates:,} updates in all; the bar says how long, once they have begun")
 
     while run.timestep < run.last_timestep:
         # One episode of every task, with an update after each step
@@ -562,15 +539,15 @@ def train(args: Args) -> Path:
                 batch = buffer.sample(args.batch_size)
                 losses.append(update(networks, log_alpha, optimizers, batch, args))
             is_last = run.timestep == run.last_timestep
-            if args.sparsifier == "gmp":
-                if run.timestep % args.prune_frequency < num_tasks or is_last:
-                    prune_to_schedule(networks, args, run.timestep / run.last_timestep)
+            prunes = run.timestep % args.prune_frequency < num_tasks or is_last
+            if args.sparsifier == "gmp" and prunes:
+                update_masks(networks, optimizers, args, run.timestep / run.last_timestep)
             # Off-policy, so in an episode too; before learning, it would only grow zeros
             evolves = learning and run.timestep % args.set_frequency < num_tasks
             if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
-                scalars |= evolve_all(sparse, optimizers, args)
-                mask_target(networks)
-        check_finite(networks, run.timestep)
+                scalars |= update_masks(networks, optimizers, args)
+        if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
+            raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
 
         # Measure and evaluate
         for name in losses[0] if losses else ():
@@ -585,16 +562,15 @@ def train(args: Args) -> Path:
             [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
             eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
             played = evaluate_mode(actor, eval_envs, eval_goals, device)
-            scalars["plasticity/critic_error"] = critic_error(networks, log_alpha, played, args)
             rates, means = played.successes.mean(1), played.rewards.sum(2).mean(1)
             run.evaluation = by_task(tasks, success_rate=rates, episodic_return=means)
-            scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean()}
+            scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean().item()}
+            scalars["plasticity/critic_error"] = critic_error(networks, log_alpha, played, args)
 
-        # Intervene: what was evaluated is what was trained
+        # SET's update at an episode's end: after the evaluation of what was trained
         if args.sparsifier == "set" and evolves and not is_last:
             seed_all(args.seed, INTERVENTIONS, run.timestep)
-            scalars |= evolve_all(sparse, optimizers, args)
-            mask_target(networks)
+            scalars |= update_masks(networks, optimizers, args)
 
         run.end_iteration(scalars)
     envs.close()
@@ -602,10 +578,11 @@ def train(args: Args) -> Path:
     return run.finish()
 
 
-# ======== Support: what surrounds the algorithm ========
+# ======== Support: tasks, seeds, evaluation, metrics, arguments, checkpoints, logs ========
 
 
-# Tasks and environments
+NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS, GOALS = range(6)  # purposes of a seed
+CRITIC_ERROR_STRIDE = 10  # steps between two states that the critics are compared on
 
 
 def task_ids(args: Args) -> list[str]:
@@ -654,33 +631,23 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
     return networks
 
 
-NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS, GOALS = range(6)
-
-
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
-    """Seed torch and NumPy for one purpose at one timestep; returns seeds for environments. So
-    neither evaluation nor metrics disturb training, and a resumed run needs no generator's state.
-    """
+    """Seed torch and NumPy for a purpose at a timestep; returns seeds for environments. So neither
+    evaluation nor metrics disturb training, and a resumed run needs no generator's state."""
     seeds = np.random.SeedSequence((seed, purpose, timestep)).generate_state(1 + num_envs).tolist()
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])
     return seeds[1:]
 
 
-# Evaluation and metrics
-
-CRITIC_ERROR_STRIDE = 10  # steps between two states that the critics are compared on
-
-
 class Evaluation(NamedTuple):
     """Whole episodes that followed the mode of the policy."""
 
-    successes: np.ndarray  # bool (task, episode), at any step
-    rewards: Tensor  # (task, episode, step)
-    log_probs: Tensor  # (task, episode, step), of an action drawn where the mode was played
-    obs: Tensor  # (task, episode, step / CRITIC_ERROR_STRIDE, 39)
-    actions: Tensor  # (task, episode, step / CRITIC_ERROR_STRIDE, 4)
-    last_obs: Tensor  # (task, episode, 39), after the last step
+    obs: Tensor  # (task, episode, 501, 39), that of the end too
+    actions: Tensor  # (task, episode, 500, 4)
+    log_probs: Tensor  # (task, episode, 500), of an action drawn where the mode was played
+    rewards: Tensor  # (task, episode, 500)
+    successes: Tensor  # (task, episode), 1 where there was one at any step
 
 
 def draw_goals(seed: int, num_tasks: int, num_episodes: int) -> np.ndarray:
@@ -692,38 +659,24 @@ def draw_goals(seed: int, num_tasks: int, num_episodes: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate_mode(actor: nn.Module, envs: gym.vector.VectorEnv, goals: np.ndarray, device):
+def evaluate_mode(actor: nn.Module, envs, goals: np.ndarray, device: str) -> Evaluation:
     """Play an episode for each of goals (task, episode) with the mode of the policy."""
-    num_tasks, num_episodes = goals.shape
-    successes = np.zeros(goals.shape, bool)
-    rewards = np.zeros((num_tasks, num_episodes, EPISODE_STEPS), np.float32)
-    log_probs = torch.zeros(rewards.shape, device=device)
-    visited = [[] for _ in range(num_episodes)]
-    last_obs = []
-    for episode in range(num_episodes):
-        obs, _ = envs.reset(options={"goals": goals[:, episode]})
-        for step in range(EPISODE_STEPS):
-            obs_t = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (task, 39)
-            mean, log_std = (x[:, 0] for x in policy(actor, obs_t[:, None]))
-            log_probs[:, episode, step] = draw_actions(mean, log_std)[1]
-            actions = mean.tanh()  # (task, 4)
-            if step % CRITIC_ERROR_STRIDE == 0:
-                visited[episode].append((obs_t, actions))
-            obs, rewards[:, episode, step], _, _, info = envs.step(actions.cpu().numpy())
-            successes[:, episode] |= info["success"] > 0
-        last_obs.append(torch.as_tensor(obs, dtype=torch.float32, device=device))
-    visited_obs, visited_actions = (
-        torch.stack([torch.stack([pair[i] for pair in pairs], 1) for pairs in visited], 1)
-        for i in range(2)
-    )
-    return Evaluation(
-        successes,
-        torch.as_tensor(rewards, device=device),
-        log_probs,
-        visited_obs,
-        visited_actions,
-        torch.stack(last_obs, 1),
-    )
+    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+    episodes = []
+    for own_goals in goals.T:
+        steps, obs = [], to_tensor(envs.reset(options={"goals": own_goals})[0])  # (task, 39)
+        for _ in range(EPISODE_STEPS):
+            mean, log_std = (x[:, 0] for x in policy(actor, obs[:, None]))
+            actions, log_probs = mean.tanh(), draw_actions(mean, log_std)[1]
+            next_obs, rewards, _, _, info = envs.step(actions.cpu().numpy())
+            success = to_tensor(info["success"] > 0)
+            steps.append((obs, actions, log_probs, to_tensor(rewards), success))
+            obs = to_tensor(next_obs)
+        fields = [torch.stack(field, 1) for field in zip(*steps, strict=True)]  # (task, step, ...)
+        fields[0] = torch.cat([fields[0], obs[:, None]], 1)
+        episodes.append(fields)
+    *fields, successes = (torch.stack(field, 1) for field in zip(*episodes, strict=True))
+    return Evaluation(*fields, successes.amax(2))
 
 
 def by_task(tasks: list[str], **values) -> dict[str, dict[str, float]]:
@@ -753,16 +706,17 @@ def critic_error(networks: dict, log_alpha: Tensor, played: Evaluation, args: Ar
     CRITIC_ERROR_STRIDE-th state and action of the evaluation. The soft return adds, for each later
     state, the temperature times minus the log-prob of an action drawn there, and with
     --bootstrap-at-truncation the critics' soft value of the last observation."""
-    actor, critic = networks["actor"], networks["critic"]
-    alpha = log_alpha.exp()[:, None]
-    actions, log_probs = draw_actions(*policy(actor, played.last_obs))
-    tail = q_values(critic, played.last_obs, actions).amin(0) - alpha * log_probs
-    tail = tail * args.bootstrap_at_truncation
+    actor, critic, alpha = networks["actor"], networks["critic"], log_alpha.exp()[:, None]
+    last_obs = played.obs[:, :, -1]  # (task, episode, 39)
+    actions, log_probs = draw_actions(*policy(actor, last_obs))
+    tail = q_values(critic, last_obs, actions).amin(0) - alpha * log_probs
     bonuses = -alpha[:, None] * played.log_probs
-    returns = soft_returns(played.rewards, bonuses, tail, args.gamma)[..., ::CRITIC_ERROR_STRIDE]
-    pairs = zip(played.obs.unbind(1), played.actions.unbind(1), strict=True)  # one episode at once
-    values = torch.stack([q_values(critic, *pair).amin(0) for pair in pairs], 1)
-    return (values - returns).square().mean().item()
+    tail = tail * args.bootstrap_at_truncation
+    returns = soft_returns(played.rewards, bonuses, tail, args.gamma)
+    fields = played.obs[:, :, :-1], played.actions, returns[..., None]
+    obs, actions, returns = (x[:, :, ::CRITIC_ERROR_STRIDE].flatten(1, 2) for x in fields)
+    values = q_values(critic, obs, actions).amin(0)  # (task, episode * step)
+    return (values - returns[..., 0]).square().mean().item()
 
 
 def squashed_fisher_trace(actor: nn.Module, obs: Tensor) -> float:
@@ -791,17 +745,13 @@ def measure_networks(networks: dict, batch: Transitions, args: Args) -> dict[str
     for name, x in inputs.items():
         with torch.no_grad():
             hidden, _ = networks[name].activations(x)
-        layers = [one for layer in hidden for one in layer]
-        alive = [one for layer in plasticity.alive_neurons(networks[name]) for one in layer]
-        dormant = plasticity.dormant_ratio(layers, args.dormant_tau, alive)
+        alive = plasticity.alive_neurons(networks[name])
+        dormant = plasticity.dormant_ratio(hidden, args.dormant_tau, alive)
         metrics[f"plasticity/{name}_dormant_ratio"] = dormant
         ranks = [plasticity.effective_rank(each, args.srank_delta) for each in hidden[-1]]
         metrics[f"plasticity/{name}_effective_rank"] = sum(ranks) / len(ranks)
-    metrics["plasticity/fisher_trace"] = squashed_fisher_trace(networks["actor"], batch.obs)
-    return metrics
-
-
-# Checks of the arguments
+    fisher_trace = squashed_fisher_trace(networks["actor"], batch.obs)
+    return metrics | {"plasticity/fisher_trace": fisher_trace}
 
 
 def require(args: Args, names: str, allowed, what: str) -> None:
@@ -814,31 +764,24 @@ def require(args: Args, names: str, allowed, what: str) -> None:
 
 def check_run(args: Args) -> None:
     """Raise ValueError for an argument that no script can have."""
-    require(args, "sparsity srank_delta", lambda x: 0 <= x < 1, "in [0, 1)")
-    require(args, "seed dormant_tau", lambda x: 0 <= x < math.inf, "at least 0")
-    counts = "eval_frequency eval_episodes plasticity_frequency plasticity_batch_size"
-    require(args, f"{counts} checkpoint_frequency num_threads", lambda x: x >= 1, "at least 1")
+    numbers = " ".join(name for name, x in vars(args).items() if isinstance(x, int | float))
+    require(args, numbers, lambda x: 0 <= x < math.inf, "at least 0")
+    counts = "eval_episodes plasticity_batch_size num_threads"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "sparsity srank_delta", lambda x: x < 1, "below 1")
     require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
-    if args.resume is not None:
-        load_checkpoint(args.resume)
-    elif args.run_dir is not None:
-        is_new = not (Path(args.run_dir) / "checkpoint.pt").exists()
-        require(args, "run_dir", lambda _: is_new, "a folder without a run, to go on: --resume")
-
-
-# Run folder
+    is_new = args.resume or not args.run_dir or not Path(args.run_dir, "checkpoint.pt").exists()
+    require(args, "run_dir", lambda _: is_new, "a folder without a run, or given to --resume")
 
 
 def load_checkpoint(run_dir: str) -> dict:
-    """The checkpoint of a run of this script. Raises ValueError for a folder of anything else."""
-    path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"--resume {run_dir}: must be the folder of a run, with a checkpoint.pt")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    of_script = checkpoint["script"], checkpoint["args"].keys()
-    if of_script != (Path(__file__).stem, Args.__dataclass_fields__.keys()):
-        raise ValueError(f"--resume {run_dir}: must be a run of this version of {Path(__file__)}")
-    return checkpoint
+    """The checkpoint of a run of this script. Raises ValueError for any other folder."""
+    path, script = Path(run_dir, "checkpoint.pt"), Path(__file__).stem
+    state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": "nothing"}
+    if state["script"] != script or state["args"].keys() != vars(Args()).keys():
+        what = f"holds a run of {state['script']}, must be one of this version of {script}"
+        raise ValueError(f"--resume {run_dir}: {what}")
+    return state
 
 
 def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
@@ -850,21 +793,11 @@ def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
-def check_finite(networks: dict[str, nn.Module], timestep: int) -> None:
-    """Raise FloatingPointError where training has diverged."""
-    for name, network in networks.items():
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            raise FloatingPointError(
-                f"timestep {timestep}: a parameter of the {name} is not finite"
-            )
-
-
 class Run:
     """A run's folder with its log and its checkpoint, its timestep and its progress bar."""
 
     def __init__(self, args: Args, name: str, device: str, stride: int, parts: dict):
-        """name: of the default folder; stride: timesteps of an iteration; parts: what a checkpoint
-        holds, by name, each with state_dict and load_state_dict."""
+        """stride: timesteps of an iteration; parts: what a checkpoint holds, each by its name."""
         self.args, self.stride, self.parts = args, stride, parts
         self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
         self.last_timestep = args.total_timesteps // stride * stride
@@ -872,12 +805,13 @@ class Run:
         default = f"runs/{name}__{script}__{args.seed}__{time.time_ns() // 10**6}"
         self.folder = Path(args.resume or args.run_dir or default)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / "lock")  # the system frees it, however the run ends
-        self.lock.acquire(timeout=0)
-        if args.resume is None:
-            self.save()
-        else:
-            self.load()
+        self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
+        if args.resume is not None:
+            state = load_checkpoint(self.folder)
+            self.timestep, self.evaluation = state["timestep"], state["evaluation"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
             file.rename(self.folder / f"events.out.tfevents.{i:010d}")
@@ -885,19 +819,13 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"to go on after a stop: python {script}.py --resume {quote(str(self.folder))}")
-        seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of the bar
-        bar = dict(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
-        self.bar = tqdm(**bar, mininterval=seconds)
-
-    def reached(self, frequency: int, times: float = math.inf) -> bool:
-        """Whether this iteration came to one of the first times multiples of frequency (0: off)."""
-        multiples = self.timestep // frequency if frequency else 0
-        return 0 < multiples <= times and self.timestep % frequency < self.stride
+        print(f"if it is stopped: python {script}.py --resume {self.folder}", flush=True)
+        self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
-        """Whether it did, or is the run's last one."""
-        return self.reached(frequency) or self.timestep == self.last_timestep
+        """Whether this iteration came to a multiple of frequency (0: never) or is the last one."""
+        came = frequency > 0 and self.timestep % frequency < self.stride
+        return came or self.timestep == self.last_timestep
 
     def end_iteration(self, scalars: dict[str, float]) -> None:
         """Log, show how the run goes, and save a checkpoint if it is time to."""
@@ -906,7 +834,7 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
         for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
-            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}")
+            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}", sys.stderr)
         returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
         self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
         self.bar.update(self.stride)
@@ -916,55 +844,35 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
-        state = {"script": Path(__file__).stem, "timestep": self.timestep}
-        state |= {"args": asdict(self.args) | dict(resume=None, run_dir=None)}
-        state |= {"evaluation": self.evaluation}
+        state = dict(script=Path(__file__).stem, timestep=self.timestep, evaluation=self.evaluation)
+        state["args"] = asdict(self.args) | dict(resume=None, run_dir=None)
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        with open(self.folder / "checkpoint.partial", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.folder / "checkpoint.pt")
-
-    def load(self) -> None:
-        """Go on from the checkpoint, and say which arguments have changed since."""
-        state = load_checkpoint(self.folder)
-        self.timestep, self.evaluation = state["timestep"], state["evaluation"]
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        for name, before in state["args"].items():
-            now = getattr(self.args, name)
-            if now != before and name not in ("resume", "run_dir"):
-                print(f"--{name.replace('_', '-')} {now} from here on, {before} before")
+        partial_file = self.folder / "checkpoint.partial"
+        torch.save(state, partial_file)
+        partial_file.replace(self.folder / "checkpoint.pt")
 
     def finish(self) -> Path:
         """Print the last evaluation, a row per task and their mean. Returns the folder."""
         self.bar.close()
         self.writer.close()
-        self.lock.release()
-        values = np.array([list(column.values()) for column in self.evaluation.values()]).T
-        tasks = [*next(iter(self.evaluation.values())), "mean"]
-        print(f"{'task':26}" + "".join(f"{name.replace('_', ' '):>19}" for name in self.evaluation))
-        for task, row in zip(tasks, [*values, values.mean(0)], strict=True):
-            print(f"{task:26}" + "".join(f"{value:19.3f}" for value in row))
+        columns = self.evaluation.values()
+        print(f"{'task':20}", *(f"{what.replace('_', ' '):>18}" for what in self.evaluation))
+        for task in next(iter(columns)):
+            print(f"{task:20}", *(f"{column[task]:18.3f}" for column in columns))
+        print(f"{'mean':20}", *(f"{np.mean([*column.values()]):18.3f}" for column in columns))
         print(f"finished: {self.folder}")
         return self.folder
 
 
-def parse_args() -> Args:
-    """The command line's arguments. With --resume, those of the run are the defaults."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
+    parser.add_argument("--resume")  # of a run whose arguments are the defaults of this one's
     run_dir = parser.parse_known_args()[0].resume
     try:
         own = load_checkpoint(run_dir)["args"] if run_dir else {}
     except ValueError as error:
         parser.error(str(error))
-    return tyro.cli(Args, default=Args(**own))
-
-
-if __name__ == "__main__":
     try:
-        train(parse_args())
+        train(tyro.cli(Args, default=Args(**own)))
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
