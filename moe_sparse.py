@@ -101,12 +101,10 @@ class Args:
         check = partial(require, self)
         check("num_steps update_epochs minibatch_size", lambda x: x >= 1, "at least 1")
         check("critic_epochs critic_minibatch_size prune_frequency", lambda x: x >= 1, "at least 1")
-        check("gamma gae_lambda prune_end", lambda x: x <= 1, "at most 1")
+        check("gamma gae_lambda set_zeta prune_end", lambda x: x <= 1, "at most 1")
         check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
         least, text = self.num_steps, f"at least --num-steps {self.num_steps}"
         check("total_timesteps", lambda x: x >= least, text)
-        check("set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
-        check("set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
         check("set_frequency", lambda x: x == 0 or x >= least, f"0 or {text}")
         needs_number = self.env_ids and self.num_experts == 0
         check("num_experts", lambda _: not needs_number, "at least 1 with --env-ids")

@@ -93,11 +93,9 @@ class Args:
         check = partial(require, self)
         check("num_steps update_epochs minibatch_size", lambda x: x >= 1, "at least 1")
         check("critic_epochs critic_minibatch_size", lambda x: x >= 1, "at least 1")
-        check("gamma gae_lambda", lambda x: x <= 1, "at most 1")
+        check("gamma gae_lambda set_zeta", lambda x: x <= 1, "at most 1")
         least, text = self.num_steps, f"at least --num-steps {self.num_steps}"
         check("total_timesteps", lambda x: x >= least, text)
-        check("set_zeta", lambda x: 0 < x < 1, "in (0, 1)")
-        check("set_epsilon", lambda x: x is None or 0 < x < math.inf, "positive")
         check("set_frequency", lambda x: x == 0 or x >= least, f"0 or {text}")
         check_tasks(self)
         check_run(self)
