@@ -218,8 +218,10 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
     if scope == "layer":  # (layer, its weights)
         ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
-    else:  # (1, all weights)
+    elif scope == "global":  # (1, all weights)
         ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
+    else:
+        raise ValueError(f"scope: layer or global, not {scope}")
     masks = []
     for rows in ranked:
         keep = rows.shape[1] - round(sparsity * rows.shape[1])
@@ -317,6 +319,8 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
     what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
     """
+    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
+        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
     grown_before, kept_of_it = [], []
     for name, density in network.densities.items():
         layer = network.get_submodule(name)
@@ -330,9 +334,9 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
             raise ValueError(f"{name}: has no gradient to grow by, evolve must follow an update")
         else:
             scores = layer.weight.grad.abs().reshape(magnitudes.shape)
-        kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        grown = keep_largest(scores.masked_fill(active, -1.0), moved).view_as(layer.weight)
-        kept = kept.view_as(layer.weight)
+        magnitudes, scores = magnitudes.masked_fill(~active, -1.0), scores.masked_fill(active, -1.0)
+        kept = keep_largest(magnitudes, count - moved).view_as(layer.weight)
+        grown = keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":

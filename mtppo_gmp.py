@@ -210,8 +210,10 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
     if scope == "layer":  # (layer, its weights)
         ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
-    else:  # (1, all weights)
+    elif scope == "global":  # (1, all weights)
         ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
+    else:
+        raise ValueError(f"scope: layer or global, not {scope}")
     masks = []
     for rows in ranked:
         keep = rows.shape[1] - round(sparsity * rows.shape[1])

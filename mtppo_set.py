@@ -5,9 +5,8 @@
 # ///
 """Multi-task PPO with sparse evolutionary training (SET) on MiniGrid.
 
-The networks and the training of mtppo_gmp.py. What differs: the heads are sparse from the first
-step to the last, and SET replaces some of their weights between the iterations (arXiv 2508.06871,
-section 4, MTPPO; Mocanu et al. 2018); there is no ReDo, Reset or PCGrad.
+The networks and the training of mtppo_gmp.py, without ReDo, Reset and PCGrad. What differs: SET
+keeps the heads sparse throughout, and moves weights (arXiv 2508.06871, section 4, MTPPO).
 
     python mtppo_set.py --benchmark MT5 --seed 1
 """
@@ -253,6 +252,8 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
     what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
     """
+    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
+        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
     grown_before, kept_of_it = [], []
     for name, density in network.densities.items():
         layer = network.get_submodule(name)
@@ -266,9 +267,9 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
             raise ValueError(f"{name}: has no gradient to grow by, evolve must follow an update")
         else:
             scores = layer.weight.grad.abs().reshape(magnitudes.shape)
-        kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        grown = keep_largest(scores.masked_fill(active, -1.0), moved).view_as(layer.weight)
-        kept = kept.view_as(layer.weight)
+        magnitudes, scores = magnitudes.masked_fill(~active, -1.0), scores.masked_fill(active, -1.0)
+        kept = keep_largest(magnitudes, count - moved).view_as(layer.weight)
+        grown = keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":

@@ -234,8 +234,10 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
     if scope == "layer":  # (layer, its weights)
         ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
-    else:  # (1, all weights)
+    elif scope == "global":  # (1, all weights)
         ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
+    else:
+        raise ValueError(f"scope: layer or global, not {scope}")
     masks = []
     for rows in ranked:
         keep = rows.shape[1] - round(sparsity * rows.shape[1])
@@ -323,6 +325,8 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
     what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
     """
+    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
+        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
     grown_before, kept_of_it = [], []
     for name, density in network.densities.items():
         layer = network.get_submodule(name)
@@ -336,9 +340,9 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
             raise ValueError(f"{name}: has no gradient to grow by, evolve must follow an update")
         else:
             scores = layer.weight.grad.abs().reshape(magnitudes.shape)
-        kept = keep_largest(magnitudes.masked_fill(~active, -1.0), count - moved)
-        grown = keep_largest(scores.masked_fill(active, -1.0), moved).view_as(layer.weight)
-        kept = kept.view_as(layer.weight)
+        magnitudes, scores = magnitudes.masked_fill(~active, -1.0), scores.masked_fill(active, -1.0)
+        kept = keep_largest(magnitudes, count - moved).view_as(layer.weight)
+        grown = keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
@@ -357,7 +361,7 @@ def sparse_networks(args: Args) -> tuple[str, ...]:
     return {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
 
 
-def update_masks(networks: dict, optimizers: dict, args: Args, progress=0.0) -> dict[str, float]:
+def sparsify(networks: dict, optimizers: dict, args: Args, progress=0.0) -> dict[str, float]:
     """SET's update, or GMP's at a share of training, of the networks that are to be sparse, and of
     the target critics, which have the critics' masks. Returns what to log."""
     scalars = {}
@@ -539,11 +543,11 @@ def train(args: Args) -> Path:
             is_last = run.timestep == run.last_timestep
             prunes = run.timestep % args.prune_frequency < num_tasks or is_last
             if args.sparsifier == "gmp" and prunes:
-                update_masks(networks, optimizers, args, run.timestep / run.last_timestep)
+                sparsify(networks, optimizers, args, run.timestep / run.last_timestep)
             # Off-policy, so in an episode too; before learning, it would only grow zeros
             evolves = learning and run.timestep % args.set_frequency < num_tasks
             if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
-                scalars |= update_masks(networks, optimizers, args)
+                scalars |= sparsify(networks, optimizers, args)
         if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
             raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
 
@@ -568,7 +572,7 @@ def train(args: Args) -> Path:
         # SET's update at an episode's end: after the evaluation of what was trained
         if args.sparsifier == "set" and evolves and not is_last:
             seed_all(args.seed, INTERVENTIONS, run.timestep)
-            scalars |= update_masks(networks, optimizers, args)
+            scalars |= sparsify(networks, optimizers, args)
 
         run.end_iteration(scalars)
     envs.close()

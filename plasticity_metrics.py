@@ -288,8 +288,8 @@ class ObservationBuffer:
     def latest(self, size: int) -> Tensor:
         """The latest size observations of each task, or all there are: (task, n, *obs_shape)."""
         capacity = self.observations.shape[1]
-        last = torch.arange(max(0, self.added - min(size, capacity)), self.added)
-        return self.observations[:, last.to(self.observations.device) % capacity]
+        first, device = max(0, self.added - min(size, capacity)), self.observations.device
+        return self.observations[:, torch.arange(first, self.added, device=device) % capacity]
 
     def state_dict(self) -> dict:
         """What load_state_dict takes."""

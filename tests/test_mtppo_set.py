@@ -343,10 +343,8 @@ def test_a_nearly_dense_layer_swaps_what_it_can():
 def test_guided_growth_without_a_gradient_is_refused():
     network = sparse_network()
     network.head_hidden.weight.grad = torch.randn_like(network.head_hidden.weight)
-    old = {name: mask.clone() for name, mask in network.masks.items()}
-    with pytest.raises(ValueError, match="no gradient to grow by"):  # of the output layer
+    with pytest.raises(ValueError, match="head_output: has no gradient to grow by"):
         script.evolve(network, Adam(network.parameters()), 0.3, "gradient", "zero")
-    assert all(torch.equal(network.masks[name], mask) for name, mask in old.items())
 
 
 @pytest.mark.parametrize("rules", [("rigl", "zero"), ("random", "initial")])
@@ -396,31 +394,3 @@ def test_the_kept_share_is_a_plain_count(regrow, grow):
             assert share != share  # NaN: nothing had been grown
         grown = after - before
     assert 0 < min(shares) < max(shares) < 1
-
-
-def test_evolve_all_logs_the_share_of_each_sparse_network():
-    networks = {"actor": sparse_network(), "critic": sparse_network(0.9, num_outputs=1)}
-    networks["dense"] = sparse_network(0.0)
-    optimizers = {name: Adam(network.parameters()) for name, network in networks.items()}
-    dense = [p.clone() for p in networks["dense"].parameters()]
-    args = script.Args(set_zeta=0.2, set_grow="zero")
-    old = {name: networks[name].masks["head_hidden"] for name in ("actor", "critic")}
-    assert script.evolve_all(networks, optimizers, args) == {}  # NaN at first is not logged
-    for name, mask in old.items():
-        grown = networks[name].masks["head_hidden"] > mask
-        assert torch.equal(grown.sum((1, 2)), (0.2 * mask.sum((1, 2))).round().long())
-    with torch.no_grad():  # the critic's grown weights become its largest, the actor's stay zero
-        networks["critic"].head_hidden.weight[networks["critic"].head_hidden.grown > 0] = 9.0
-    shares = script.evolve_all(networks, optimizers, args)
-    assert shares == {"sparsity/actor_grown_kept": 0, "sparsity/critic_grown_kept": 1}
-    assert networks["dense"].masks == {}
-    assert all(map(torch.equal, dense, networks["dense"].parameters()))
-    args = script.Args(set_zeta=0.2, set_grow="init", set_regrow="gradient")
-    with pytest.raises(ValueError):
-        script.evolve_all(networks, optimizers, args)
-    backward(networks["actor"], [2, 2, 2])
-    backward(networks["critic"], [2, 2, 2])
-    script.evolve_all(networks, optimizers, args)
-    for name in ("actor", "critic"):
-        layer = networks[name].head_hidden
-        assert (layer.weight[layer.grown > 0] != 0).all()

@@ -43,6 +43,23 @@ def test_neurons_that_are_not_alive_leave_the_mean():
     assert dormant_scores(activation, alive)[:2].tolist() == pytest.approx([2 / 3, 4 / 3])
 
 
+def test_layers_side_by_side_are_scored_apart():
+    torch.manual_seed(0)
+    stack = torch.randn(3, 20, 5) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    stack[1, :, 2] *= 1e-4
+    alive = torch.ones(3, 5, dtype=torch.bool)
+    alive[2, 0] = False
+    for masks in (None, alive):
+        one_by_one = [
+            dormant_scores(stack[i], None if masks is None else alive[i]) for i in (0, 1, 2)
+        ]
+        assert torch.equal(dormant_scores(stack, masks), torch.stack(one_by_one))
+        together = dormant_ratio(
+            [stack, stack[0]], 0.001, masks if masks is None else [alive, alive[0]]
+        )
+        assert together == pytest.approx(1 / (20 if masks is None else 19))
+
+
 def test_ratio_pools_the_neurons_of_all_layers():
     one_of_two = torch.tensor([[0.0, 1.0]])
     none_of_six = torch.ones(1, 6)
@@ -560,6 +577,9 @@ def test_buffer_is_a_deque_per_task(sizes):
         for numbers, task in zip(chunk.flatten(1).tolist(), plain, strict=True):
             task.extend(numbers)
         assert held(buffer) == [set(task) for task in plain]
+        for size in (0, 1, 4, 5, 9):  # the oldest first
+            latest = [list(task)[max(0, len(task) - size) :] for task in plain]
+            assert buffer.latest(size)[..., 0].tolist() == latest
 
 
 @pytest.mark.parametrize("before", [3, 7])
