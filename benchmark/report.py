@@ -1,8 +1,9 @@
 """Tables and figures of finished runs, read from their TensorBoard logs alone.
 
-Writes results.csv (a row per run, task and evaluation), report.md (interquartile mean, IQM, over
-seeds x tasks and its 95 % stratified bootstrap interval, Agarwal et al. 2021, next to the paper's)
-and PNG figures. Incomplete runs and runs with NaN are named and left out.
+A run's score is its mean over the tasks; the figure is the interquartile mean (IQM) of runs' scores
+with a 95 % bootstrap interval (Agarwal et al. 2021), next to the paper's. Writes results.csv (a row
+per run, task and evaluation), report.md and PNG figures. Incomplete runs and runs with NaN are
+named and left out.
 
 An arm is called what the study file calls it. Given run folders instead, it is called by the
 logged arguments, as in the paper's tables (MTPPO GMP), with any other argument in which such runs
@@ -60,9 +61,9 @@ WIDTH = 7  # inches: a page's, so that a figure is printed in its own size
 FONT_SIZE = 8
 TEXT = """# Report
 
-{runs} runs. IQM over seeds x tasks (Meta-World: over the seeds' mean success rates), with its
-95 % stratified bootstrap interval ({resamples} resamples); overlap: whether this interval and the
-paper's do, a weak test with few seeds.
+{runs} runs. A run's score is its mean over the tasks. IQM: the mean of the middle half of the runs'
+scores, with its 95 % bootstrap interval over runs ({resamples} resamples, percentiles expanded for
+few seeds, Hesterberg 2015). Overlap: whether this interval and the paper's do, a weak test.
 
 {table}
 
@@ -75,15 +76,13 @@ paper's do, a weak test with few seeds.
 
 Late: the IQM of the last five evaluations averaged (or as many as there are). Gain, late gain: the
 last evaluation's IQM and the late one above those of the arm in the column against. Probability of
-improvement: that a run scores higher on a task than one of that arm, averaged over tasks; 0.5 is
-chance. All of the seeds that both arms have, with a 95 % bootstrap interval that draws seeds, each
-with the runs of both arms, which share layouts and initial weights, and with all tasks, which one
-network plays. (The stratified interval above draws each task's seeds apart, as the paper's does,
-and is too narrow for few seeds; this one's percentiles are expanded for them, Hesterberg 2015.)
-Seeds to tell 0.1: how many tell a gain of 0.1 from 0 in four of five studies, a rough estimate by
-drawing from these. Score of each seed: the mean of its tasks. Plasticity: means over the seeds,
-actor / critic, at the last measurement (the figure: IQM); a neuron without an unmasked incoming
-weight is left out of dormancy, a masked weight of the Fisher trace.
+improvement: that a run scores higher than one of that arm; 0.5 is chance. All of the seeds that
+both arms have, with a 95 % bootstrap interval that draws seeds, each with the runs of both arms,
+which share layouts and initial weights. Seeds to tell 0.1: how many tell a gain of 0.1 from 0 in
+four of five studies, a rough estimate by drawing from these. Score of each seed: the mean of its
+tasks. Plasticity: means over the seeds, actor / critic, at the last measurement (the figure: IQM);
+a neuron without an unmasked incoming weight is left out of dormancy, a masked weight of the Fisher
+trace.
 
 {details}
 
@@ -288,63 +287,51 @@ def read_paper() -> dict[tuple[str, str], tuple[float, float, float]]:
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """Mean of the middle half of scores (..., seed, task), over seeds and tasks: (...)."""
-    return trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
+    """Interquartile mean of runs' scores (..., run): (...), as aggregate_iqm of rliable."""
+    return trim_mean(scores, 0.25, axis=-1)
 
 
 def difference_of_iqms(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The IQM of scores (..., seed, task) above that of other seeds of the same tasks, base."""
+    """The IQM of scores (..., run) above that of other runs, base."""
     return iqm(scores) - iqm(base)
 
 
 def probability_of_improvement(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The probability that a run scores higher than one of base, both (..., seed, task), on a task,
-    a tie counting half, averaged over tasks: (...). Source: Agarwal et al. 2021, section 4.3."""
-    signs = np.sign(scores[..., :, None, :] - base[..., None, :, :])
-    return (signs.mean((-3, -2, -1)) + 1) / 2
+    """The probability that a run scores higher than one of base, both (..., run), a tie counting
+    half: (...). Source: Agarwal et al. 2021, section 4.3."""
+    signs = np.sign(scores[..., :, None] - base[..., None, :])
+    return (signs.mean((-2, -1)) + 1) / 2
 
 
-def draw(size: tuple[int, int], arms: tuple[np.ndarray, ...], rng, stratified: bool = False):
-    """Draws with replacement, size (resamples, seeds), of the seeds of arms, each (..., seed, task)
-    of the same seeds, or, stratified, of each task's seeds apart: [(..., resample, seed, task)]."""
-    tasks = np.arange(arms[0].shape[-1])
-    seeds = rng.integers(arms[0].shape[-2], size=(*size, len(tasks) if stratified else 1))
-    return [arm[..., seeds, tasks] for arm in arms]
-
-
-def interval(
-    statistic, *arms: np.ndarray, resamples: int = RESAMPLES, stratified: bool = False
-) -> np.ndarray | None:
-    """95 % bootstrap interval of a statistic of arms, each (..., seed, task) of the same seeds:
+def interval(statistic, *methods: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray | None:
+    """95 % bootstrap interval of a statistic of methods' scores, each (..., run) of the same seeds:
     (2, ...), or None with one seed.
 
-    It draws seeds, with all tasks, as one network plays them, and all arms, as they share layouts
-    and initial weights. Its percentiles are expanded for few seeds (Hesterberg 2015, The American
-    Statistician 69.4). Stratified, as in the paper, it draws each task's seeds apart, at the usual
-    percentiles, and is too narrow for few seeds and where the tasks of a run go together.
+    It draws seeds with replacement, each with the runs of all methods, as they share layouts and
+    initial weights. Its percentiles are expanded for few seeds (Hesterberg 2015, The American
+    Statistician 69.4).
     """
-    seeds = arms[0].shape[-2]
+    seeds = methods[0].shape[-1]
     if seeds == 1:
         return None
-    tail = 0.025
-    if not stratified:
-        tail = norm.cdf(math.sqrt(seeds / (seeds - 1)) * t.ppf(tail, seeds - 1))
-    rng, batch = np.random.default_rng(0), 1000
-    values = [
-        statistic(*draw((batch, seeds), arms, rng, stratified)) for _ in range(resamples // batch)
-    ]
+    tail = norm.cdf(math.sqrt(seeds / (seeds - 1)) * t.ppf(0.025, seeds - 1))
+    rng, batch, values = np.random.default_rng(0), 1000, []
+    for _ in range(resamples // batch):
+        drawn = rng.integers(seeds, size=(batch, seeds))
+        values.append(statistic(*(scores[..., drawn] for scores in methods)))
     return np.quantile(np.concatenate(values, axis=-1), (tail, 1 - tail), axis=-1)
 
 
 def seeds_to_tell(scores: np.ndarray, base: np.ndarray, gain: float = 0.1) -> str:
     """How many seeds tell a gain in IQM from 0 in 80 % of studies, as text: from draws of so many
-    of the seeds of scores and base, both (seed, task), their difference shifted to the gain,
+    of the seeds of scores and base, both (run,), their difference shifted to the gain,
     against 1.96 of its standard deviations, which are corrected for the few seeds drawn from."""
     rng, few = np.random.default_rng(0), len(scores)
     if few < 3:
         return "-"
     for seeds in range(5, 205, 5):
-        errors = difference_of_iqms(*draw((2000, seeds), (scores, base), rng))
+        drawn = rng.integers(few, size=(2000, seeds))
+        errors = difference_of_iqms(scores[drawn], base[drawn])
         errors = (errors - errors.mean()) * math.sqrt(few / (few - 1))
         if (errors + gain > 1.96 * errors.std()).mean() >= 0.8:
             return str(seeds)
@@ -423,10 +410,9 @@ def final_scores(runs: list[Run], evaluations: int = 1) -> np.ndarray:
     return np.array(means)
 
 
-def units(scores: np.ndarray, run: Run) -> np.ndarray:
-    """What the IQM over a benchmark is taken of, from scores (..., seed, task): they themselves,
-    but of success rates (Meta-World) each run's mean over the tasks (..., seed, 1)."""
-    return scores.mean(-1, keepdims=True) if run.measure == "success_rate" else scores
+def run_scores(runs: list[Run], evaluations: int = 1) -> np.ndarray:
+    """Each run's mean over its tasks: (run,)."""
+    return final_scores(runs, evaluations).mean(-1)
 
 
 # Tables
@@ -457,8 +443,8 @@ def results_table(runs: list[Run]) -> list[str]:
     for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
         same = is_papers(own[0]) and own[0].at == PAPER_TIMESTEPS.get(benchmark)
         theirs = paper.get((benchmark, own[0].row)) if same else None
-        scores = units(final_scores(own), own[0])
-        limits = interval(iqm, scores, stratified=True)
+        scores = run_scores(own)
+        limits = interval(iqm, scores)
         shown, expected, overlap = "no interval: 1 seed", "-", "-"
         if limits is not None:
             shown = "{:.2f}, {:.2f}".format(*limits)
@@ -502,7 +488,7 @@ def details_table(runs: list[Run]) -> list[str]:
         actor_dormant, critic_dormant, actor_rank, critic_rank, trace = np.mean(last, axis=1)
         against = ["-"] * 5
         if pair := pairs.get((benchmark, arm)):
-            ends, tails = ([units(final_scores(side, n), own[0]) for side in pair] for n in (1, 5))
+            ends, tails = ([run_scores(side, n) for side in pair] for n in (1, 5))
             against = [pair[1][0].arm]
             for statistic, sides in (
                 (difference_of_iqms, ends),
@@ -512,8 +498,7 @@ def details_table(runs: list[Run]) -> list[str]:
                 values = statistic(*sides), *interval(statistic, *sides)
                 against.append("{:.2f} ({:.2f}, {:.2f})".format(*values))
             against.append(seeds_to_tell(*ends))
-        seeds = final_scores(own).mean(-1)
-        late = iqm(units(final_scores(own, 5), own[0]))
+        seeds, late = run_scores(own), iqm(run_scores(own, 5))
         cells = [benchmark, arm, *against, f"{late:.2f}"]
         cells += [", ".join(f"{seed:.2f}" for seed in seeds), f"{seeds.mean():.2f}"]
         cells.append(f"{100 * actor_dormant:.1f} / {100 * critic_dormant:.1f} %")
@@ -595,14 +580,13 @@ def finish(figure, path: Path) -> None:
 
 
 def draw_curve(axes, runs: list[Run], series_of) -> None:
-    """IQM over time, with its band, of an arm's series_of(run), one for each task or one."""
+    """IQM over time, with its band, of the mean of a run's series (timestep -> value)."""
     series = [list(series_of(run)) for run in runs]
     timesteps = common_timesteps([values for seed in series for values in seed])
-    values = np.array([[[task[t] for task in seed] for seed in series] for t in timesteps])
-    values = units(values, runs[0])
+    values = np.array([[np.mean([task[t] for task in seed]) for seed in series] for t in timesteps])
     marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
     axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
-    limits = interval(iqm, values, resamples=BAND_RESAMPLES, stratified=True)
+    limits = interval(iqm, values, resamples=BAND_RESAMPLES)
     if limits is not None:
         band = dict(color=runs[0].style["color"], alpha=0.2, linewidth=0)
         axes.fill_between(timesteps, *limits, **band)
@@ -655,16 +639,16 @@ def plot_final_scores(runs: list[Run], path: Path) -> None:
     rows = group(runs, "architecture", "benchmark")
     figure, axes = panels(len(rows), 1, WIDTH, 2.4, sharey=True)
     for (title, own), panel in zip(rows.items(), axes.flat, strict=True):
-        tasks, arms = [*own[0].scores, "all tasks"], group(own, "arm").values()
+        tasks, arms = [*own[0].scores, "mean of tasks"], group(own, "arm").values()
         for number, arm in enumerate(arms):
             scores, style = final_scores(arm), arm[0].style
             places = np.arange(len(tasks)) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
-            for seed in scores:
-                small = style | dict(s=6, alpha=0.5, linewidths=0, label="_")
-                panel.scatter(places[:-1], seed, **small)
-            samples = [*scores.T[..., None], units(scores, arm[0])]
+            samples = [*scores.T, scores.mean(1)]
             for place, sample in zip(places, samples, strict=True):
-                limits = interval(iqm, sample, stratified=True)
+                small = style | dict(s=6, alpha=0.5, linewidths=0, label="_")
+                panel.scatter(np.full(len(sample), place), sample, **small)
+            for place, sample in zip(places, samples, strict=True):
+                limits = interval(iqm, sample)
                 if limits is not None:
                     panel.vlines(place, *limits, color=style["color"], linewidth=1.2)
                 panel.plot(place, iqm(sample), **style, linestyle="", markersize=5)
@@ -676,8 +660,8 @@ def plot_final_scores(runs: list[Run], path: Path) -> None:
 
 
 def plot_profile(runs: list[Run], path: Path) -> None:
-    """Performance profile: the share of runs and tasks that score above each level, with its band,
-    a panel per architecture and benchmark (Agarwal et al. 2021, section 4.2)."""
+    """Performance profile: the share of runs that score above each level, with its band, a panel
+    per architecture and benchmark (Agarwal et al. 2021, section 4.2)."""
     rows = group(runs, "architecture", "benchmark")
     columns = min(len(rows), 3)
     lines = math.ceil(len(rows) / columns)
@@ -686,21 +670,21 @@ def plot_profile(runs: list[Run], path: Path) -> None:
     levels = np.linspace(0, 1, 101)
 
     def share(above):
-        return above.mean((-2, -1))
+        return above.mean(-1)
 
     for panel in axes.flat[len(rows) :]:
         panel.set_visible(False)
     for (title, own), panel in zip(rows.items(), axes.flat, strict=False):
         for arm in group(own, "arm").values():
-            above = (final_scores(arm) > levels[:, None, None]).astype(float)  # (level, run, task)
+            above = (run_scores(arm) > levels[:, None]).astype(float)  # (level, run)
             panel.plot(levels, share(above), **arm[0].style, markevery=20, markersize=3)
-            limits = interval(share, above, resamples=BAND_RESAMPLES, stratified=True)
+            limits = interval(share, above, resamples=BAND_RESAMPLES)
             if limits is not None:
                 band = dict(color=arm[0].style["color"], alpha=0.15, linewidth=0)
                 panel.fill_between(levels, *limits, **band)
         measure = own[0].measure.replace("_", " ")
         panel.set(title=", ".join(title), xlabel=f"{measure} above", ylim=(0, 1))
-        panel.set_ylabel("share of runs and tasks")
+        panel.set_ylabel("share of runs")
         panel.tick_params(labelleft=True)
         panel.yaxis.set_major_formatter(percent)
     finish(figure, path)
@@ -714,7 +698,7 @@ def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
     for (title, own), row in zip(rows.items(), axes, strict=True):
         own = list({run.folder: run for run in own}.values())  # two studies may share a run
         for panel, network in zip(row, ("actor", "critic"), strict=True):
-            x, y = [], final_scores(own).mean(-1)
+            x, y = [], run_scores(own)
             for run, score in zip(own, y, strict=True):
                 x.append(last_value(run.metrics[f"{network}_dormant_ratio"], run.at))
                 panel.plot(x[-1], score, **run.style, linestyle="", markersize=5)

@@ -43,102 +43,57 @@ MT3 = ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
 
 
 def test_iqm_by_hand():
-    assert report.iqm(np.array([[0.0], [1], [2], [3], [4], [5], [6], [100]])) == 3.5
-    # 2 seeds x 3 tasks: of six scores one is cut at each end
-    assert report.iqm(np.array([[0.0, 0.5, 0.9], [0.1, 0.6, 1.0]])) == pytest.approx(2.1 / 4)
-    # (timestep, seed, task) -> (timestep,)
-    assert report.iqm(np.array([[[0.0], [1]], [[2], [4]]])).tolist() == [0.5, 3]
+    assert report.iqm(np.array([0.0, 1, 2, 3, 4, 5, 6, 100])) == 3.5
+    # (timestep, run) -> (timestep,)
+    assert report.iqm(np.array([[0.0, 1], [2, 4]])).tolist() == [0.5, 3]
 
 
 def test_interval_by_hand():
     # The resamples of two seeds are 00, 01, 10, 11, with means 0, 1/2, 1/2, 1
-    assert report.interval(report.iqm, np.array([[0.0], [1.0]])).tolist() == [0, 1]
-    scores = np.array([[[0.0], [1]], [[2], [4]]])
-    assert report.interval(report.iqm, scores).T.tolist() == [[0, 1], [2, 4]]
+    assert report.interval(report.iqm, np.array([0.0, 1.0])).tolist() == [0, 1]
+    assert report.interval(report.iqm, np.array([[0.0, 1], [2, 4]])).T.tolist() == [[0, 1], [2, 4]]
+    assert report.interval(report.iqm, np.array([0.1])) is None
 
 
 def test_interval_of_a_difference_against_every_resample():
-    ours, base = np.array([[0.3], [0.6], [0.8]]), np.array([[0.1], [0.2], [0.7]])
+    ours, base = np.array([0.3, 0.6, 0.8]), np.array([0.1, 0.2, 0.7])
     draws = [list(draw) for draw in itertools.product(range(3), repeat=3)]
     every = [ours[a].mean() - base[a].mean() for a in draws]  # 3 scores: none is cut
     difference = report.difference_of_iqms
     # From 3 seeds the percentiles are expanded to all there is: 27 resamples
     assert report.interval(difference, ours, base) == pytest.approx([min(every), max(every)])
-    assert report.interval(difference, ours[:1], base[:1]) is None
     # The seeds of both arms are drawn together: what they share does not vary
     assert report.interval(difference, base + 0.25, base) == pytest.approx(0.25)
 
 
-def test_a_stratified_interval_draws_the_seeds_of_each_task_apart():
-    # Every resample keeps both tasks, and the seeds of a task agree: nothing can vary
-    same = np.array([[0.2, 0.8]] * 4)
-    assert report.interval(report.iqm, same, stratified=True) == pytest.approx(0.5)
-    scores = np.array([[0.1, 0.5], [0.4, 0.6], [0.9, 0.8]])
-    draws = list(itertools.product(range(3), repeat=3))
-    every = [
-        report.iqm(np.stack([scores[list(a), 0], scores[list(b), 1]], axis=1))
-        for a, b in itertools.product(draws, draws)
-    ]
-    expected = np.quantile(every, (0.025, 0.975))
-    assert report.interval(report.iqm, scores, stratified=True) == pytest.approx(expected, abs=0.03)
-
-
-def test_an_interval_draws_whole_runs():
-    scores = np.array([[0.1, 0.5], [0.4, 0.6], [0.9, 0.8]])
-    every = [report.iqm(scores[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
-    assert report.interval(report.iqm, scores) == pytest.approx([min(every), max(every)])
-    # A task that repeats another adds no runs: 8 seeds, of which 2 or 4 of 16 are cut at each end
-    one = np.random.default_rng(0).random((8, 1))
-    two = np.repeat(one, 2, axis=1)
-    assert (report.interval(report.iqm, one) == report.interval(report.iqm, two)).all()
-    assert report.seeds_to_tell(one, one[::-1]) == report.seeds_to_tell(two, two[::-1])
-    assert np.ptp(report.interval(report.iqm, two, stratified=True)) < 0.8 * np.ptp(
-        report.interval(report.iqm, two)
-    )
-
-
 def test_an_interval_of_few_seeds_holds_the_truth_in_95_percent():
-    scores, held = np.random.default_rng(0).normal(size=(600, 6, 1)), {False: 0, True: 0}
-    for stratified in held:  # of one task, the two differ in their percentiles alone
-        for own in scores:
-            low, high = report.interval(
-                lambda x: x.mean((-2, -1)), own, resamples=1000, stratified=stratified
-            )
-            held[stratified] += low <= 0 <= high
-    assert held[False] / 600 == pytest.approx(0.95, abs=0.03) and held[True] / 600 < 0.9
-
-
-def test_one_seed_has_no_interval():
-    assert report.interval(report.iqm, np.array([[0.1, 0.2, 0.3]])) is None
+    held = 0
+    for scores in np.random.default_rng(0).normal(size=(600, 6)):
+        low, high = report.interval(lambda x: x.mean(-1), scores, resamples=1000)
+        held += low <= 0 <= high
+    assert held / 600 == pytest.approx(0.95, abs=0.03)
 
 
 def test_probability_of_improvement_by_hand():
-    ours, base = np.array([[0.5, 0.0], [0.9, 0.0]]), np.array([[0.5, 1.0], [0.7, 0.0], [0.1, 0.0]])
-    # First task: 0.5 wins once and ties once, 0.9 wins thrice; second: 0.0 ties twice, and again
-    expected = ((1.5 + 3) / 6 + (1 + 1) / 6) / 2
-    assert report.probability_of_improvement(ours, base) == pytest.approx(expected)
-    assert report.probability_of_improvement(base, ours) == pytest.approx(1 - expected)
-    u = [scipy.stats.mannwhitneyu(ours[:, i], base[:, i]).statistic / 6 for i in range(2)]
-    assert report.probability_of_improvement(ours, base) == pytest.approx(np.mean(u))
-    every = [
-        report.probability_of_improvement(ours[[a, b]], base[[a, b]])
-        for a, b in itertools.product(range(2), repeat=2)
-    ]
-    limits = report.interval(report.probability_of_improvement, ours, base[:2])
-    assert limits == pytest.approx([min(every), max(every)]) and min(every) < max(every)
+    ours, base = np.array([0.5, 0.9]), np.array([0.5, 0.7, 0.1])
+    # 0.5 wins once and ties once, 0.9 wins thrice
+    assert report.probability_of_improvement(ours, base) == pytest.approx((1.5 + 3) / 6)
+    assert report.probability_of_improvement(base, ours) == pytest.approx(1.5 / 6)
+    u = scipy.stats.mannwhitneyu(ours, base).statistic / 6
+    assert report.probability_of_improvement(ours, base) == pytest.approx(u)
 
 
 def test_seeds_to_tell_a_gain_of_normal_scores():
     """The middle half's mean of n normal scores has the variance s^2 / (0.83 n)."""
     rng, s = np.random.default_rng(1), 0.2
-    scores, base = rng.normal(0.5, s, (5000, 1)), rng.normal(0.8, s, (5000, 1))
+    scores, base = rng.normal(0.5, s, 5000), rng.normal(0.8, s, 5000)
     assert report.seeds_to_tell(scores, scores + 0.3) == "5"  # what the arms share does not count
     expected = (1.96 + 0.84) ** 2 * 2 * s**2 / 0.83 / 0.1**2  # 76
     assert abs(int(report.seeds_to_tell(scores, base)) - expected) <= 10
     assert report.seeds_to_tell(base / 100, base / 100) == "5"
     # Draws from 3 runs have 2/3 of the variance that the runs themselves estimate
-    few, zero = np.array([[0.35], [0.5], [0.65]]), np.zeros((3, 1))
-    many = np.repeat(few, 1000, axis=0)  # the same draws, uncorrected
+    few, zero = np.array([0.35, 0.5, 0.65]), np.zeros(3)
+    many = np.repeat(few, 1000)  # the same draws, uncorrected
     ratio = int(report.seeds_to_tell(few, zero)) / int(report.seeds_to_tell(many, 0 * many))
     assert ratio == pytest.approx(1.5, abs=0.25)
     assert report.seeds_to_tell(scores[:2], base[:2]) == "-"
@@ -161,13 +116,6 @@ def test_interval_of_a_correlation_against_every_resample():
     text = report.describe_correlation(x, y)
     numbers = [float(number) for number in re.findall(r"-?\d\.\d\d", text)]
     assert numbers == pytest.approx([0.6, *np.quantile(every, (0.025, 0.975))], abs=0.13)
-
-
-def test_success_rates_are_averaged_over_tasks_first():
-    scores = np.array([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
-    run = report.Run(Path(), measure="success_rate")
-    assert report.units(scores, run).tolist() == [[0.5], [0.25]]
-    assert report.units(scores, report.Run(Path(), measure="normalized_return")) is scores
 
 
 # Reports
@@ -462,12 +410,12 @@ def test_arms_have_the_same_colour_in_every_report(tmp_path, monkeypatch):
 def test_the_performance_profile_by_hand(tmp_path, monkeypatch):
     figures = {}
     monkeypatch.setattr(report, "finish", lambda figure, path: figures.update({path.stem: figure}))
-    write_log(tmp_path / "a", scores=(0.2, 0.5, 0.9))
-    write_log(tmp_path / "b", scores=(0.0, 0.5, 1.0), seed=2)
+    write_log(tmp_path / "a", scores=(0.2, 0.3, 0.4))
+    write_log(tmp_path / "b", scores=(0.7, 0.8, 0.9), seed=2)
     write_report(tmp_path / "out", tmp_path)
     [line] = figures["performance_profile"].axes[0].lines
     share = dict(zip(line.get_xdata().round(2), line.get_ydata(), strict=True))
-    expected = {0: 5 / 6, 0.19: 5 / 6, 0.3: 4 / 6, 0.6: 2 / 6, 0.95: 1 / 6, 1: 0}
+    expected = {0: 1, 0.29: 1, 0.31: 0.5, 0.79: 0.5, 0.81: 0, 1: 0}
     assert {level: share[level] for level in expected} == pytest.approx(expected)
 
 
