@@ -149,8 +149,7 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
             for method in (method for method in methods if seed in method["seeds"]):
                 name, against, script = method["name"], method["against"], ROOT / method["script"]
                 folder = runs_dir.resolve() / f"{benchmark}__{slugs[name]}__{seed}"
-                flags = ["--benchmark", benchmark, "--seed", str(seed), "--run-dir", str(folder)]
-                flags += words[name]
+                flags = ["--benchmark", benchmark, "--seed", str(seed), *words[name]]
                 runs.append(Run(name, against, benchmark, seed, script, flags, folder))
     return runs
 
@@ -205,7 +204,9 @@ def execute(script: Path, flags: list[str], folder: Path, stopped=lambda: False)
                 time.sleep(0.2)
         if stopped() or printed_score(folder):
             return
-        words = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else flags
+        words = [*flags, "--run-dir", str(folder)]
+        if (folder / "checkpoint.pt").exists():
+            words = ["--resume", str(folder)]
         print("$", shlex.join([script.name, *words]), file=output, flush=True)
         process = subprocess.Popen(
             [sys.executable, str(script), *words],

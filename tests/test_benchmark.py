@@ -30,6 +30,7 @@ import mtsac_sparse_metaworld
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmark"))
 
+import analyses  # noqa: E402
 import report  # noqa: E402
 import speed  # noqa: E402
 import sweep  # noqa: E402
@@ -579,6 +580,59 @@ def test_a_method_of_many_flags_has_a_folder_of_a_short_name(tmp_path):
     [again] = sweep.read_study(study_file(tmp_path / "study.toml", method), tmp_path)
     assert run == again  # the same in every process
     assert sum(word.startswith("--gamma=0.15") for word in run.flags) == 1
+
+
+# Analyses
+
+
+def test_solved_and_lost_tasks_traces_and_grown_weights_by_hand():
+    nan, runs = float("nan"), []
+    for seed, scores, trace, kept in (
+        (1, [0.9, 0.6, 0.2], [1, 10, 4], [0.9, nan, 0.1]),
+        (2, [0.6, 0.3, 0.1], [3, 20, 14], [0.7, 0.5, 0.3]),
+        (3, [0.5, 0.3, 0.0], [2, 30, 12], [0.5, 0.5, 0.2]),
+    ):
+        metrics = dict(fisher_trace=trace, actor_grown_kept=kept, critic_grown_kept=kept)
+        metrics = {name: np.array(values) for name, values in metrics.items()}
+        named = dict(method="SET", benchmark="MT1", seed=seed, tasks=["a"], timesteps=[1, 5, 8])
+        runs.append(report.Run("", **named, scores=np.array([scores]).T, metrics=metrics))
+    # 0.1 is not solved; 0.5 was not learned
+    assert rows_of(analyses.solved_tasks(runs))["MT1", "SET", 1] == ["a", "1 of 3", "0.20", "2"]
+    assert rows_of(analyses.fisher_traces(runs))["MT1", "SET", 1] == ["20", "5", "10", "2 of 3"]
+    kept = rows_of(analyses.grown_kept(runs))["MT1", "SET", 1]
+    assert kept == ["70.0 %", "20.0 %", "70.0 %", "20.0 %"]
+    runs[0].metrics["actor_grown_kept"] = np.array([nan] * 3)  # no SET
+    assert ("MT1", "SET", 1) not in rows_of(analyses.grown_kept(runs))
+
+
+@pytest.mark.parametrize("script", [mtppo_gmp, moe_sparse], ids=lambda s: s.__name__)
+def test_neurons_are_counted_as_a_run_measures_them(script, tmp_path, capsys):
+    args = script.Args(**TINY, benchmark="MT3", run_dir=str(tmp_path / "a"), dormant_tau=0.5)
+    script.train(args)
+    state = torch.load(tmp_path / "a" / "checkpoint.pt")
+    networks = script.make_networks(args)
+    obs = state["buffer"]["observations"][:, :20]
+    for name, network in networks.items():
+        network.load_state_dict(state[name])
+    critic = networks["critic"]
+    for mask in (
+        critic.masks["conv2"][3],
+        *(critic.masks[f"head_{x}"][1] for x in ("hidden", "output")),
+    ):
+        mask.zero_()
+    critic.masks["head_output"][2].zero_()
+    expected = script.measure_plasticity(networks, obs, args)
+    for name, network in networks.items():
+        counts, heads = analyses.count_neurons(network, obs, args.dormant_tau)
+        dormant, alive, every = sum(counts.values())
+        assert dormant / alive == pytest.approx(expected[f"plasticity/{name}_dormant_ratio"])
+        sizes = {n: network.get_submodule(n).bias.numel() for n in network.layers if n in counts}
+        assert {layer: count[2] for layer, count in counts.items()} == sizes and dormant > 0
+    assert heads == [1, 2, 3] and counts["conv2"][1] < counts["conv2"][2]
+    assert counts["head_hidden"][1] <= 2 * 128
+    analyses.analyses(analyses.Args((tmp_path,)))
+    row = rows_of(capsys.readouterr().out[-2000:])["MT3", report.paper_method(vars(args))[1], 1]
+    assert row[:2] == ["1", "critic"] or row[0] == "1"
 
 
 # Speed
