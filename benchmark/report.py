@@ -40,6 +40,7 @@ ARCHITECTURES = ("MTPPO", "MoE", "MOORE", "MT-SAC")
 # Arguments that do not make another method
 NEUTRAL = {"benchmark", "seed", "run_dir", "resume", "num_threads", "device"}
 NEUTRAL |= {"checkpoint_frequency", "vectorization", "env_ids", "env_names"}
+COLUMNS = ("method", "run", "benchmark", "seed", "timestep")  # then measure/task, and metrics
 # The paper's table holds for these arguments, where a run has them, at the end of its budget
 PAPER_ARGS = dict(gamma="0.99", gae_lambda="0.95", clip_coef="0.2", ent_coef="0.01")
 PAPER_ARGS |= dict(num_steps="2000", update_epochs="8", minibatch_size="256")
@@ -83,7 +84,6 @@ Of the arguments that two compared methods both have, they differ in:
 
 ![](learning_curves.png)
 ![](final_returns.png)
-![](performance_profile.png)
 ![](plasticity.png)
 
 ## More on the scores
@@ -114,10 +114,6 @@ Dormancy and score over all runs, whatever their method:
 ## Runs left out
 
 {left_out}
-
-## Arguments that all runs share
-
-{shared}
 """
 
 
@@ -145,6 +141,7 @@ class Run:
     benchmark: str = ""
     seed: int = 0
     args: dict[str, str] = field(default_factory=dict)
+    rows: list[dict[str, str]] = field(default_factory=list)  # of results.csv
     measure: str = ""  # what the scores are: normalized_return or success_rate
     tasks: list[str] = field(default_factory=list)
     timesteps: list[int] = field(default_factory=list)  # of the evaluations
@@ -189,94 +186,84 @@ def paper_method(args: dict[str, str]) -> tuple[str, str]:
 
 def read_log(folder: Path) -> Run:
     """Read a run's log; its problem is set if it has not reached its end or holds NaN."""
-    run = Run(folder.name)
     if not any(folder.glob("events.out.tfevents.*")):
-        return replace(run, problem="not started")
+        return Run(folder.name, "not started")
     # Reload drops what a killed process logged after the checkpoint that its successor began from
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     if "args/text_summary" not in log.Tags()["tensors"]:
-        return replace(run, problem="not started (its log holds no arguments)")
+        return Run(folder.name, "not started (its log holds no arguments)")
     text = log.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
     args = dict(line.strip("|").split("|", 1) for line in text.splitlines()[2:])
-    run.architecture, run.row = paper_method(args)
-    run.benchmark, run.seed = args["benchmark"], int(args["seed"])
-    dense = not {"GMP", "SET"} & set(run.row.split())  # prune_... and set_... have no effect
-    idle = ("prune_", "set_") if dense else ()
-    run.args = {k: v for k, v in args.items() if k not in NEUTRAL and not k.startswith(idle)}
-
-    scores, metrics = {}, {}  # task, metric -> timestep -> value
+    scores, metrics = {}, {}  # measure/task, metric -> timestep -> value
     for tag in log.Tags()["scalars"]:
         kind, name, *rest = tag.split("/")
-        values = {event.step: float(f"{event.value:.5g}") for event in log.Scalars(tag)}
+        values = {event.step: event.value for event in log.Scalars(tag)}
         if kind == "eval" and name in ("normalized_return", "success_rate") and rest:
-            run.measure, scores[rest[0]] = name, values
+            scores[f"{name}/{rest[0]}"] = values
         elif kind == "plasticity":
             metrics[name] = values
         elif kind == "sparsity" and not rest:
             metrics[name if name.endswith("_kept") else f"{name}_sparsity"] = values
         bad = [step for step, value in values.items() if not math.isfinite(value)]
         if kind in ("eval", "plasticity") and bad:
-            return replace(run, problem=f"NaN or infinity in {tag} from timestep {bad[0]}")
-    if {args.get("env_ids", "()"), args.get("env_names", "()")} != {"()"}:
-        run.benchmark = ", ".join(scores)
-    run.timesteps = sorted(set.intersection(*map(set, scores.values()))) if scores else []
-    evaluated, total = max(run.timesteps, default=0), int(args["total_timesteps"])
+            return Run(folder.name, f"NaN or infinity in {tag} from timestep {bad[0]}")
+    timesteps = sorted(set.intersection(*map(set, scores.values()))) if scores else []
+    evaluated, total = max(timesteps, default=0), int(args["total_timesteps"])
     iteration = min(metrics.get("actor_sparsity", [0]))  # logged in each
     if not evaluated or evaluated + iteration <= total:
-        run.problem = f"incomplete: evaluated until timestep {evaluated} of {total}"
-    run.tasks = list(scores)
-    run.scores = np.array([[task[t] for task in scores.values()] for t in run.timesteps])
-    for name in METRICS | metrics:
-        values = metrics.get(name, {})
-        latest = [max((s for s in values if s <= t), default=None) for t in run.timesteps]
-        run.metrics[name] = np.array([values.get(step, math.nan) for step in latest])
+        return Run(folder.name, f"incomplete: evaluated until timestep {evaluated} of {total}")
+    own_tasks = {args.get("env_ids", "()"), args.get("env_names", "()")} != {"()"}
+    benchmark = ", ".join(task.split("/")[1] for task in scores) if own_tasks else args["benchmark"]
+    rows = []
+    for timestep in timesteps:
+        row = dict(run=folder.name, benchmark=benchmark, seed=args["seed"], timestep=str(timestep))
+        row |= {task: f"{values[timestep]:.5g}" for task, values in scores.items()}
+        for name, values in metrics.items():  # the latest by then
+            if before := [step for step in values if step <= timestep]:
+                row[name] = f"{values[max(before)]:.5g}"
+        rows.append(row)
+    return make_run(rows, args)
+
+
+def make_run(rows: list[dict[str, str]], args: dict[str, str], method: str = "") -> Run:
+    """A run from its rows of results.csv and its arguments."""
+    first, run = rows[0], Run(rows[0]["run"], method=method, rows=rows)
+    run.benchmark, run.seed = first["benchmark"], int(first["seed"])
+    run.architecture, run.row = paper_method(args)
+    dense = not {"GMP", "SET"} & set(run.row.split())  # prune_... and set_... have no effect
+    idle = ("prune_", "set_") if dense else ()
+    run.args = {k: v for k, v in args.items() if k not in NEUTRAL and not k.startswith(idle)}
+    columns = [name for name in first if "/" in name and first[name]]
+    run.measure, run.tasks = columns[0].split("/")[0], [name.split("/")[1] for name in columns]
+    run.timesteps = [int(row["timestep"]) for row in rows]
+    run.scores = np.array([[float(row[name]) for name in columns] for row in rows])
+    metrics = {name for name in rows[-1] if "/" not in name} - {*COLUMNS}
+    for name in metrics | set(METRICS):
+        run.metrics[name] = np.array([float(row.get(name) or math.nan) for row in rows])
     return run
 
 
 def read_results(path: Path) -> list[Run]:
     """The runs of a results.csv, with their arguments from the arguments.json beside it."""
-    arguments = json.loads((path.parent / "arguments.json").read_text())
-    rows, runs = {}, []
+    arguments, runs = json.loads((path.parent / "arguments.json").read_text()), {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            rows.setdefault((row["method"], row["run"]), []).append(row)
-    for (method, name), own in rows.items():
-        first = own[0]
-        run = Run(name, method=method, benchmark=first["benchmark"], seed=int(first["seed"]))
-        run.args = arguments[method]
-        run.architecture, run.row = paper_method(run.args)
-        columns = [name for name, value in first.items() if "/" in name and value]
-        run.measure = columns[0].split("/")[0]
-        run.tasks = [column.split("/")[1] for column in columns]
-        run.timesteps = [int(row["timestep"]) for row in own]
-        run.scores = np.array([[float(row[column]) for column in columns] for row in own])
-        for name in [name for name in list(first)[5:] if "/" not in name]:
-            run.metrics[name] = np.array([float(row[name] or math.nan) for row in own])
-        runs.append(run)
-    return runs
+            runs.setdefault((row.pop("method"), row["run"]), []).append(row)
+    return [make_run(rows, arguments[method], method) for (method, _), rows in runs.items()]
 
 
 def write_results(runs: list[Run], out: Path) -> None:
     """One row per run and evaluation, with the latest value of every metric by then, as
     results.csv; the arguments of each method as arguments.json."""
-    tasks = dict.fromkeys(f"{run.measure}/{task}" for run in runs for task in run.tasks)
-    metrics = sorted({name for run in runs for name in run.metrics})
     arguments = {run.method: run.args for run in runs}
     (out / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n")
+    names = {name: 0 for run in runs for name, value in run.rows[-1].items() if value}
+    tasks = [name for name in names if "/" in name]
     with open(out / "partial.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        columns = ["method", "run", "benchmark", "seed", "timestep", *tasks, *metrics]
-        writer.writerow(columns)
-        for run in runs:
-            for i, timestep in enumerate(run.timesteps):
-                row = dict(method=run.method, run=run.name, benchmark=run.benchmark)
-                row |= dict(seed=run.seed, timestep=timestep)
-                values = {
-                    f"{run.measure}/{t}": x for t, x in zip(run.tasks, run.scores[i], strict=True)
-                }
-                values |= {name: metric[i] for name, metric in run.metrics.items()}
-                row |= {name: f"{x:.5g}" for name, x in values.items() if not math.isnan(x)}
-                writer.writerow([row.get(name, "") for name in columns])
+        columns = [*COLUMNS, *tasks, *sorted(names.keys() - {*COLUMNS, *tasks})]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dict(row, method=run.method) for run in runs for row in run.rows)
     os.replace(out / "partial.csv", out / "results.csv")
 
 
@@ -292,9 +279,8 @@ def call_by_arguments(runs: list[Run]) -> None:
     for alike in group(runs, "row").values():
         names = differing_args(alike)
         for run in alike:
-            run.method = ", ".join(
-                [run.row, *(f"{n.replace('_', ' ')} {run.args[n]}" for n in names)]
-            )
+            own = [f"{name.replace('_', ' ')} {run.args[name]}" for name in names]
+            run.method = ", ".join([run.row, *own])
 
 
 def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
@@ -656,12 +642,10 @@ def group_panels(runs: list[Run]) -> dict[str, list[Run]]:
     }
 
 
-def subplots(rows: int, columns: int, width: float, height: float, sharey):
-    """A figure of this width and its axes (row, column) of this height, in inches."""
-    size = (width, height * rows + 0.4)
-    return plt.subplots(
-        rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained"
-    )
+def subplots(rows: int, columns: int, height: float, width: float = WIDTH, sharey: bool = True):
+    """A figure of this width, in inches, and its axes (row, column) of this height."""
+    form = dict(squeeze=False, layout="constrained", figsize=(width, height * rows + 0.4))
+    return plt.subplots(rows, columns, sharey=sharey, **form)
 
 
 def finish(figure, path: Path) -> None:
@@ -702,7 +686,7 @@ def plot_learning_curves(runs: list[Run], path: Path) -> None:
     """IQM over training: a benchmark per row, an architecture per column."""
     rows, columns = group(runs, "benchmark"), group(runs, "architecture")
     width = WIDTH if len(columns) > 1 else WIDTH / 2
-    figure, axes = subplots(len(rows), len(columns), width, 2.4, sharey=True)
+    figure, axes = subplots(len(rows), len(columns), 2.4, width)
     cells = itertools.product(rows, columns)
     for panel, ((benchmark,), (architecture,)) in zip(axes.flat, cells, strict=True):
         own = [run for run in rows[(benchmark,)] if run.architecture == architecture]
@@ -719,7 +703,7 @@ def plot_plasticity(runs: list[Run], path: Path) -> None:
     """Plasticity metrics over training, a row per architecture and benchmark."""
     rows, shown = group(runs, "architecture", "benchmark"), dict(METRICS)
     del shown["critic_effective_rank"]
-    figure, axes = subplots(len(rows), len(shown), WIDTH, 1.7, sharey=False)
+    figure, axes = subplots(len(rows), len(shown), 1.7, sharey=False)
     for (title, own), row in zip(rows.items(), axes, strict=True):
         for panel, metric in zip(row, shown, strict=True):
             for method in group(own, "method").values():
@@ -737,7 +721,7 @@ def plot_plasticity(runs: list[Run], path: Path) -> None:
 def plot_final_scores(runs: list[Run], path: Path) -> None:
     """Each task's score: a small mark per seed, a large one for their IQM with its interval."""
     rows = group_panels(runs)
-    figure, axes = subplots(len(rows), 1, WIDTH, 2.4, sharey=True)
+    figure, axes = subplots(len(rows), 1, 2.4)
     for (title, own), panel in zip(rows.items(), axes.flat, strict=True):
         tasks, methods = [*own[0].tasks, "mean of tasks"], group(own, "method").values()
         for number, method in enumerate(methods):
@@ -758,41 +742,11 @@ def plot_final_scores(runs: list[Run], path: Path) -> None:
     finish(figure, path)
 
 
-def plot_profile(runs: list[Run], path: Path) -> None:
-    """Performance profile: the share of runs that score above each level, with its band (Agarwal et
-    al. 2021, section 4.2)."""
-    rows = group_panels(runs)
-    columns = min(len(rows), 3)
-    lines = math.ceil(len(rows) / columns)
-    width = WIDTH if columns > 1 else WIDTH / 2
-    figure, axes = subplots(lines, columns, width, 2.4, sharey=True)
-    levels = np.linspace(0, 1, 101)
-
-    def share(above):
-        return above.mean(-1)
-
-    for panel in axes.flat[len(rows) :]:
-        panel.set_visible(False)
-    for (title, own), panel in zip(rows.items(), axes.flat, strict=False):
-        for method in group(own, "method").values():
-            above = (run_scores(method) > levels[:, None]).astype(float)  # (level, run)
-            panel.plot(levels, share(above), **method[0].style, markevery=20, markersize=3)
-            limits = interval(share, above, resamples=BAND_RESAMPLES)
-            if limits is not None:
-                band = dict(color=method[0].style["color"], alpha=0.15, linewidth=0)
-                panel.fill_between(levels, *limits, **band)
-        measure = own[0].measure.replace("_", " ")
-        panel.set(title=title, xlabel=f"{measure} above", ylabel="share of runs", ylim=(0, 1))
-        panel.tick_params(labelleft=True)
-        panel.yaxis.set_major_formatter(PERCENT)
-    finish(figure, path)
-
-
 def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
     """Dormancy against score over runs, a row per architecture and benchmark; the correlations as
     lines of markdown."""
     rows, lines = group_panels(runs), []
-    figure, axes = subplots(len(rows), 2, WIDTH, 2.6, sharey=True)
+    figure, axes = subplots(len(rows), 2, 2.6)
     for (title, own), row in zip(rows.items(), axes, strict=True):
         own = list({run.name: run for run in own}.values())  # two studies may share a run
         for panel, network in zip(row, ("actor", "critic"), strict=True):
@@ -835,19 +789,13 @@ def report(args: Args) -> None:
     plot_learning_curves(runs, args.out / "learning_curves.png")
     plot_plasticity(runs, args.out / "plasticity.png")
     plot_final_scores(runs, args.out / "final_returns.png")
-    plot_profile(runs, args.out / "performance_profile.png")
     correlations = plot_dormancy(runs, args.out / "dormancy_return.png")
-    shared = [
-        f"`{name}` {value}"
-        for name, value in runs[0].args.items()
-        if all(run.args.get(name) == value for run in runs)
-    ]
     answer, missing = answer_table(runs), describe_left_out(left_out)
     text = TEXT.format(
         **dict(runs=len({run.name for run in runs}), answer=answer, resamples=RESAMPLES),
         **dict(max_exact=MAX_EXACT, swaps=SWAPS, differences=describe_differences(runs)),
         **dict(details=details_table(runs), plasticity=plasticity_table(runs)),
-        **dict(plasticity_differences=plasticity_differences(runs), shared=", ".join(shared)),
+        **dict(plasticity_differences=plasticity_differences(runs)),
         **dict(correlations="\n".join(correlations), left_out=missing or "None."),
     )
     (args.out / "report.md").write_text(text)

@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from report import FONT_SIZE, call_by_arguments, group, paper_method, spearman
+from report import FONT_SIZE, call_by_arguments, group, paper_method, spearman, table
 from sweep import fail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,12 +276,6 @@ def title(runs: list[Run], name: str) -> str:
     return f"{runs[0].method}: {name}, {len(runs)} seed{'s' * (len(runs) > 1)}"
 
 
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """In markdown."""
-    lines = [titles, ["-"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def describe(runs: list[Run], name: str) -> str:
     """The tables of a method's actors or critics."""
     tasks, networks = runs[0].tasks, [run.networks[name] for run in runs]
@@ -289,7 +283,7 @@ def describe(runs: list[Run], name: str) -> str:
     titles = ["mean", "chance", "95 % of chance", *seeds]
     pairs = compare_pairs(networks)
     rows = [[f"{tasks[i]}, {tasks[j]}", *own.cells()] for (i, j), own in pairs.items()]
-    text = f"\n## {title(runs, name)}\n\n" + table(["overlap of", *titles], rows)
+    text = f"\n## {title(runs, name)}\n\n" + table(["overlap of", *titles], rows) + "\n"
     marked = sum(own.mark == "*" for own in pairs.values())
     text += f"\n{marked} of {len(pairs)} pairs are outside the 95 % range of chance. "
     reached = ", ".join(str(n.reached) for n in networks)
@@ -304,7 +298,7 @@ def describe(runs: list[Run], name: str) -> str:
         counts = [f"{count:.0f}" for count in np.mean(counts, axis=0)]
         rows.append([tasks[task], *counts, *own.cells()])
     counted = ["hidden neurons with an output", "features connected", "features read"]
-    text += table(["head", *counted, "alone: mean", *titles[1:]], rows)
+    text += table(["head", *counted, "alone: mean", *titles[1:]], rows) + "\n"
     if networks[0].shares is not None:
         text += describe_experts(tasks, np.array([n.shares for n in networks]), seeds)
     return text
@@ -322,7 +316,7 @@ def describe_experts(tasks: tuple[str, ...], shares: np.ndarray, seeds: list[str
             own = [" ".join(f"{share:.2f}" for share in seed[task]) for seed in shares]
             own = own if each is shares else [""] * len(own)
             rows.append([name, f"{largest[task]:.2f}", f"{effective[task]:.2f}", *own])
-    return EXPERTS + table(["task", "largest share", "effective number", *seeds], rows)
+    return EXPERTS + table(["task", "largest share", "effective number", *seeds], rows) + "\n"
 
 
 def plot(methods: list[list[Run]], path: Path) -> None:

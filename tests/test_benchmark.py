@@ -221,7 +221,7 @@ def test_report_of_two_methods(tmp_path, capsys):
     assert rows[*gmp, 3] == ["144.0 / 184.0 %", "2 / 3", "3.04"]
     assert rows[*gmp, 4][1] == "72.00 (-156.71, 300.71) %, p 0.500"
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
-    names = "learning_curves final_returns performance_profile plasticity dormancy_return".split()
+    names = "learning_curves final_returns plasticity dormancy_return".split()
     assert all(f"![]({name}.png)" in text for name in names)
     files = {"report.md", "results.csv", "arguments.json", *(f"{name}.png" for name in names)}
     assert {p.name for p in (tmp_path / "out").iterdir()} == files
@@ -447,18 +447,6 @@ def test_methods_have_the_same_colour_in_every_report(tmp_path):
     assert colours(early, gmp) == [3, 1] and colours(early, fair, dense) == [1, 3, 0]
 
 
-def test_the_performance_profile_by_hand(tmp_path, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(report, "finish", lambda figure, path: figures.update({path.stem: figure}))
-    write_log(tmp_path / "a", scores=(0.2, 0.3, 0.4))
-    write_log(tmp_path / "b", scores=(0.7, 0.8, 0.9), seed=2)
-    write_report(tmp_path / "out", tmp_path)
-    [line] = figures["performance_profile"].axes[0].lines
-    share = dict(zip(line.get_xdata().round(2), line.get_ydata(), strict=True))
-    expected = {0: 1, 0.29: 1, 0.31: 0.5, 0.79: 0.5, 0.81: 0, 1: 0}
-    assert {level: share[level] for level in expected} == pytest.approx(expected)
-
-
 def test_runs_of_unequal_length_are_not_compared(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(report, "describe_correlation", lambda x, y: seen.append((*x, *y)) or "")
@@ -631,8 +619,7 @@ def test_neurons_are_counted_as_a_run_measures_them(script, tmp_path, capsys):
     assert heads == [1, 2, 3] and counts["conv2"][1] < counts["conv2"][2]
     assert counts["head_hidden"][1] <= 2 * 128
     analyses.analyses(analyses.Args((tmp_path,)))
-    row = rows_of(capsys.readouterr().out[-2000:])["MT3", report.paper_method(vars(args))[1], 1]
-    assert row[:2] == ["1", "critic"] or row[0] == "1"
+    assert "GMP | 1 | actor |" in capsys.readouterr().out
 
 
 # Speed
