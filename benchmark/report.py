@@ -73,10 +73,10 @@ TEXT = """# Report on {runs} runs
 A run's score is the mean over its tasks, IQM the mean of the middle half of the runs' scores. Gain:
 the IQM less that of the method in the column against, over the seeds that both have. Intervals are
 95 % bootstrap intervals over seeds ({resamples} resamples, percentiles expanded for few seeds,
-Hesterberg 2015). p is that of the two-sided test that swaps the two methods' scores within seeds:
-all swaps up to {max_exact} seeds, {swaps} random ones above. Significant: p below 0.05, not
-corrected for the number of comparisons; five seeds or fewer cannot reach it. Methods whose runs end
-at different timesteps are not compared.
+Hesterberg 2015), too narrow with fewer than six. p is that of the two-sided test that swaps the two
+methods' scores within seeds: all swaps up to {max_exact} seeds, {swaps} random ones above.
+Significant: p below 0.05, not corrected for the number of comparisons; five seeds or fewer cannot
+reach it. Methods whose runs end at different timesteps are not compared.
 
 Of the arguments that two compared methods both have, they differ in:
 

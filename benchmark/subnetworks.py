@@ -152,8 +152,8 @@ def read_run(folder: Path) -> Run | str:
     if state["timestep"] + args["num_steps"] <= args["total_timesteps"]:
         return f"incomplete: at timestep {state['timestep']} of {args['total_timesteps']}"
     networks = {name: read_network(own) for name, own in layers.items()}
-    benchmarks = importlib.import_module("mtppo_gmp").BENCHMARKS
-    ids = args["env_ids"] or benchmarks[args["benchmark"]]
+    script = importlib.import_module(state["script"])
+    ids = script.task_ids(script.Args(**args))
     tasks = tuple(name.removeprefix("MiniGrid-").removesuffix("-v0") for name in ids)
     if len(tasks) == 1:
         return "a single task"
