@@ -72,9 +72,9 @@ TEXT = """# Report on {runs} runs
 
 A run's score is the mean over its tasks, IQM the mean of the middle half of the runs' scores. Gain:
 the IQM less that of the method in the column against, over the seeds that both have. Intervals are
-95 % bootstrap intervals over seeds ({resamples} resamples, percentiles expanded for few seeds,
+95 % bootstrap intervals over seeds ({resamples:,} resamples, percentiles expanded for few seeds,
 Hesterberg 2015), too narrow with fewer than six. p is that of the two-sided test that swaps the two
-methods' scores within seeds: all swaps up to {max_exact} seeds, {swaps} random ones above.
+methods' scores within seeds: all swaps up to {max_exact} seeds, {swaps:,} random ones above.
 Significant: p below 0.05, not corrected for the number of comparisons; five seeds or fewer cannot
 reach it. Methods whose runs end at different timesteps are not compared.
 
@@ -90,7 +90,7 @@ Of the arguments that two compared methods both have, they differ in:
 
 Late: means of the last five evaluations. Probability of improvement: that a run scores higher than
 one of the other method, by chance 0.5. Seeds needed: to show a gain of 0.1 in four of five studies,
-estimated by the spread of these runs, with the 95 % interval of this estimate.
+estimated by the spread of these runs, with the 95 % interval of this estimate (6: six or fewer).
 
 {details}
 
@@ -749,6 +749,7 @@ def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
     figure, axes = subplots(len(rows), 2, 2.6)
     for (title, own), row in zip(rows.items(), axes, strict=True):
         own = list({run.name: run for run in own}.values())  # two studies may share a run
+        row[0].set_ylabel(f"{own[0].measure.replace('_', ' ')}, mean of tasks")
         for panel, network in zip(row, ("actor", "critic"), strict=True):
             x, y = (
                 np.array([run.metric(f"{network}_dormant_ratio") for run in own]),
@@ -762,7 +763,6 @@ def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
             panel.xaxis.set_major_locator(MaxNLocator(5))
             panel.xaxis.set_major_formatter(PERCENT)
             panel.set_xlabel(f"dormant neurons of the {network}")
-            panel.set_ylabel(f"{own[0].measure.replace('_', ' ')}, mean of tasks")
     finish(figure, path)
     return lines
 
