@@ -1,12 +1,14 @@
-"""Tables and figures of finished runs, read from their TensorBoard logs alone.
+"""Tables and figures of finished runs, from results.csv files and run folders.
 
-Writes results.csv (a row per run, task and evaluation), report.md (interquartile mean, IQM, over
-seeds x tasks and its 95 % stratified bootstrap interval, Agarwal et al. 2021, next to the paper's)
-and PNG figures. Incomplete runs and runs with NaN are named and left out.
+A run's score is its mean over the tasks, a method's the interquartile mean (IQM) of its runs'
+scores with a 95 % bootstrap interval (Agarwal et al. 2021), next to the paper's. Writes report.md,
+figures, results.csv (a row per run and evaluation) and arguments.json (those of each method). These
+two hold all that is read of a run, so that its folder need not be kept. Incomplete runs and runs
+with NaN are named and left out.
 
-An arm is called what the study file calls it. Given run folders instead, it is called by the
-logged arguments, as in the paper's tables (MTPPO GMP), with any other argument in which such runs
-differ.
+Of a study, runs are read from the results.csv files in --results and, where these have none, from
+run folders; its methods have the names that it gives. Runs in folders are called by their logged
+arguments, as in the paper's tables (MTPPO GMP), with any other argument in which they differ.
 
     python benchmark/report.py benchmark/studies/experiment1_mt5_mtppo.toml --out report
     python benchmark/report.py runs/some_run runs/folder_of_runs
@@ -14,27 +16,31 @@ differ.
 
 import csv
 import itertools
+import json
 import logging
 import math
-import warnings
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from matplotlib.ticker import EngFormatter, MaxNLocator
-from scipy.stats import DegenerateDataWarning, bootstrap, norm, rankdata, t, trim_mean, ttest_1samp
-from sweep import fail, read_study
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from scipy.stats import chi2, norm, rankdata, t, trim_mean
+from sweep import RESULTS, fail, read_study
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESAMPLES = 50_000
 BAND_RESAMPLES = 2000  # of the bands in figures
+SWAPS = 100_000  # of the swap test with more than MAX_EXACT seeds
+MAX_EXACT = 15
 ARCHITECTURES = ("MTPPO", "MoE", "MOORE", "MT-SAC")
-# Arguments that do not make another arm
+# Arguments that do not make another method
 NEUTRAL = {"benchmark", "seed", "run_dir", "resume", "num_threads", "device"}
 NEUTRAL |= {"checkpoint_frequency", "vectorization", "env_ids", "env_names"}
+COLUMNS = ("method", "run", "benchmark", "seed", "timestep")  # then measure/task, and metrics
 # The paper's table holds for these arguments, where a run has them, at the end of its budget
 PAPER_ARGS = dict(gamma="0.99", gae_lambda="0.95", clip_coef="0.2", ent_coef="0.01")
 PAPER_ARGS |= dict(num_steps="2000", update_epochs="8", minibatch_size="256")
@@ -47,66 +53,67 @@ PAPER_ARGS |= dict(alpha_lr="0.0003", tau="0.005", max_grad_norm="1.0", max_q="5
 PPO_ARGS = dict(actor_lr="0.001", critic_lr="0.001", prune_frequency="500")
 SAC_ARGS = dict(actor_lr="0.0003", critic_lr="0.0003", prune_frequency="5000", adam_eps="1e-05")
 PAPER_TIMESTEPS = {"MT3": 400_000, "MT5": 400_000, "MT7": 400_000, "MT10": 20_000_000}
-CURVES = {
-    "actor_dormant_ratio": "dormant share, actor",
-    "critic_dormant_ratio": "dormant share, critic",
+METRICS = {
+    "actor_dormant_ratio": "dormant, actor",
+    "critic_dormant_ratio": "dormant, critic",
     "actor_effective_rank": "effective rank, actor",
+    "critic_effective_rank": "effective rank, critic",
     "fisher_trace": "Fisher trace, actor",
 }
-# Okabe and Ito's colours, told apart with any colour vision; markers for print in grey
+# Okabe and Ito's colours, which differ with any colour vision; markers for print in grey
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 MARKERS = "osD^vPX*"
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
 WIDTH = 7  # inches: a page's, so that a figure is printed in its own size
 FONT_SIZE = 8
-TEXT = """# Report
+TEXT = """# Report on {runs} runs
 
-{runs} runs. IQM over seeds x tasks (Meta-World: over the seeds' mean success rates), with its
-95 % stratified bootstrap interval ({resamples} resamples); overlap: whether this interval and the
-paper's do, a weak test with few seeds.
+{answer}
 
-{table}
+A run's score is the mean over its tasks, IQM the mean of the middle half of the runs' scores. Gain:
+the IQM less that of the method in the column against, over the seeds that both have. Intervals are
+95 % bootstrap intervals over seeds ({resamples:,} resamples, percentiles expanded for few seeds,
+Hesterberg 2015), too narrow with fewer than six. p is that of the two-sided test that swaps the two
+methods' scores within seeds: all swaps up to {max_exact} seeds, {swaps:,} random ones above.
+Significant: p below 0.05, not corrected for the number of comparisons; five seeds or fewer cannot
+reach it. Methods whose runs end at different timesteps are not compared.
+
+Of the arguments that two compared methods both have, they differ in:
+
+{differences}
 
 ![](learning_curves.png)
 ![](final_returns.png)
-![](performance_profile.png)
 ![](plasticity.png)
 
-## Behind the IQM
+## More on the scores
 
-Late: the IQM of the last five evaluations averaged (or as many as there are). Gain, late gain: the
-last evaluation's IQM and the late one above those of the arm in the column against. Probability of
-improvement: that a run scores higher on a task than one of that arm, averaged over tasks; 0.5 is
-chance. All of the seeds that both arms have, with a 95 % bootstrap interval that draws seeds, each
-with the runs of both arms, which share layouts and initial weights, and with all tasks, which one
-network plays. (The stratified interval above draws each task's seeds apart, as the paper's does,
-and is too narrow for few seeds; this one's percentiles are expanded for them, Hesterberg 2015.)
-Seeds to tell 0.1: how many tell a gain of 0.1 from 0 in four of five studies, a rough estimate by
-drawing from these. Score of each seed: the mean of its tasks. Plasticity: means over the seeds,
-actor / critic, at the last measurement (the figure: IQM); a neuron without an unmasked incoming
-weight is left out of dormancy, a masked weight of the Fisher trace.
+Late: means of the last five evaluations. Probability of improvement: that a run scores higher than
+one of the other method, by chance 0.5. Seeds needed: to show a gain of 0.1 in four of five studies,
+estimated by the spread of these runs, with the 95 % interval of this estimate (6: six or fewer).
 
 {details}
 
-Plasticity above that of the other arm, difference of means over the seeds that both have with
-Student's paired 95 % interval:
+## Plasticity
+
+Means over seeds, actor / critic, at the timestep of the first table (figure: IQM). Neurons without
+an unmasked incoming weight are left out of dormancy, masked weights out of the Fisher trace.
 
 {plasticity}
 
-## Dormancy and return
+Differences to the other method, with Student's paired 95 % interval and p of the swap test:
 
-Over all runs of a panel, whatever their arm: share of dormant neurons and mean score of the tasks.
+{plasticity_differences}
+
+Dormancy and score over all runs, whatever their method:
 
 {correlations}
 
 ![](dormancy_return.png)
 
-## Left out
+## Runs left out
 
 {left_out}
-
-## Arguments that all runs share
-
-{shared}
 """
 
 
@@ -114,41 +121,49 @@ Over all runs of a panel, whatever their arm: share of dormant neurons and mean 
 class Args:
     """Tables and figures of finished runs."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """study files, run folders, folders that hold run folders"""
-    out: Path = Path("report")
-    """folder to write to"""
-    timestep: int | None = None
-    """evaluation that the table and the figures of final values show (default: the last)"""
-    runs_dir: Path = Path("runs/sweep")
-    """folder of the run folders of a study file"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # study files, run folders, folders that hold them
+    out: Path = Path("report")  # folder to write to
+    timestep: int | None = None  # evaluation that the tables show (default: the last)
+    runs_dir: Path = Path("runs/sweep")  # folder of a study's run folders
+    results: Path = RESULTS  # folder of folders with a results.csv, whose runs a study may use
 
 
 @dataclass
 class Run:
-    """What the log of one run says."""
+    """One run, as its log or a results.csv has it."""
 
-    folder: Path
+    name: str  # of its folder
     problem: str = ""  # why it is left out
-    arm: str = ""
-    against: str = ""  # the arm that it is compared with, if not the first of its architecture
-    row: str = ""  # the arm of the paper that it is a run of
+    method: str = ""
+    against: str = ""  # the method that it is compared with, if not the first of its architecture
+    row: str = ""  # the method of the paper's table that it is a run of
     architecture: str = ""
     benchmark: str = ""
     seed: int = 0
     args: dict[str, str] = field(default_factory=dict)
+    rows: list[dict[str, str]] = field(default_factory=list)  # of results.csv
     measure: str = ""  # what the scores are: normalized_return or success_rate
-    scores: dict[str, dict[int, float]] = field(default_factory=dict)  # task -> timestep -> score
-    metrics: dict[str, dict[int, float]] = field(default_factory=dict)  # name -> timestep -> value
-    at: int = 0  # the evaluation that the table and the figures of final values show
+    tasks: list[str] = field(default_factory=list)
+    timesteps: list[int] = field(default_factory=list)  # of the evaluations
+    scores: np.ndarray | None = None  # (evaluation, task)
+    metrics: dict[str, np.ndarray] = field(default_factory=dict)  # latest values (evaluation,)
+    at: int = 0  # the timestep that tables show
     style: dict[str, str] = field(default_factory=dict)  # in figures
+
+    def score(self, evaluations: int = 1) -> np.ndarray:
+        """Of each task (task,), a mean of so many evaluations up to the one shown."""
+        end = self.timesteps.index(self.at) + 1
+        return self.scores[max(end - evaluations, 0) : end].mean(0)
+
+    def metric(self, name: str) -> float:
+        return self.metrics[name][self.timesteps.index(self.at)]
 
 
 # Reading
 
 
-def paper_arm(args: dict[str, str]) -> tuple[str, str]:
-    """Architecture, and the arm's name in the paper's table, of a run's logged arguments.
+def paper_method(args: dict[str, str]) -> tuple[str, str]:
+    """Architecture, and the method's name in the paper's table, of a run's logged arguments.
 
     The log does not name the script, but each script has arguments that only it has.
     """
@@ -169,106 +184,187 @@ def paper_arm(args: dict[str, str]) -> tuple[str, str]:
     return architecture, f"{architecture} {' + '.join(parts) or 'dense'}"
 
 
-def read_run(folder: Path) -> Run:
+def read_log(folder: Path) -> Run:
     """Read a run's log; its problem is set if it has not reached its end or holds NaN."""
-    run = Run(folder)
     if not any(folder.glob("events.out.tfevents.*")):
-        run.problem = "not started"
-        return run
+        return Run(folder.name, "not started")
     # Reload drops what a killed process logged after the checkpoint that its successor began from
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     if "args/text_summary" not in log.Tags()["tensors"]:
-        run.problem = "not started (its log holds no arguments)"
-        return run
+        return Run(folder.name, "not started (its log holds no arguments)")
     text = log.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
-    rows = [line.strip("|").split("|", 1) for line in text.splitlines()[2:]]
-    run.args = args = dict(rows)
-    run.architecture, run.row = paper_arm(args)
-    if not {"GMP", "SET"} & set(run.row.split()):  # dense: they have no effect
-        run.args = {k: v for k, v in args.items() if not k.startswith(("prune_", "set_"))}
-    run.benchmark, run.seed = args["benchmark"], int(args["seed"])
-
-    reached = 0
+    args = dict(line.strip("|").split("|", 1) for line in text.splitlines()[2:])
+    scores, metrics = {}, {}  # measure/task, metric -> timestep -> value
     for tag in log.Tags()["scalars"]:
         kind, name, *rest = tag.split("/")
         values = {event.step: event.value for event in log.Scalars(tag)}
         if kind == "eval" and name in ("normalized_return", "success_rate") and rest:
-            run.measure, run.scores[rest[0]] = name, values
+            scores[f"{name}/{rest[0]}"] = values
         elif kind == "plasticity":
-            run.metrics[name] = values
+            metrics[name] = values
         elif kind == "sparsity" and not rest:
-            run.metrics[name if name.endswith("_kept") else f"{name}_sparsity"] = values
-            if name == "actor":  # logged in every iteration
-                iteration, reached = min(values), max(values)
-        # Explained variance alone may be undefined: where a rollout's returns do not vary
-        if kind in ("eval", "plasticity", "losses") and name != "explained_variance":
-            bad = [step for step, value in values.items() if not math.isfinite(value)]
-            if bad and not run.problem:
-                run.problem = f"NaN or infinity in {tag} from timestep {bad[0]}"
-    if {args.get("env_ids", "()"), args.get("env_names", "()")} != {"()"}:
-        run.benchmark = ", ".join(run.scores)
-    if run.problem:
-        return run
-    total = int(args["total_timesteps"])
-    evaluated = min((max(values) for values in run.scores.values()), default=0)
-    if not evaluated or min(reached, evaluated) + iteration <= total:
-        run.problem = f"incomplete: at timestep {reached} of {total}, evaluated at {evaluated}"
+            metrics[name if name.endswith("_kept") else f"{name}_sparsity"] = values
+        bad = [step for step, value in values.items() if not math.isfinite(value)]
+        if kind in ("eval", "plasticity") and bad:
+            return Run(folder.name, f"NaN or infinity in {tag} from timestep {bad[0]}")
+    timesteps = sorted(set.intersection(*map(set, scores.values()))) if scores else []
+    evaluated, total = max(timesteps, default=0), int(args["total_timesteps"])
+    iteration = min(metrics.get("actor_sparsity", [0]))  # logged in each
+    if not evaluated or evaluated + iteration <= total:
+        return Run(folder.name, f"incomplete: evaluated until timestep {evaluated} of {total}")
+    own_tasks = {args.get("env_ids", "()"), args.get("env_names", "()")} != {"()"}
+    benchmark = ", ".join(task.split("/")[1] for task in scores) if own_tasks else args["benchmark"]
+    rows = []
+    for timestep in timesteps:
+        row = dict(run=folder.name, benchmark=benchmark, seed=args["seed"], timestep=str(timestep))
+        row |= {task: f"{values[timestep]:.5g}" for task, values in scores.items()}
+        for name, values in metrics.items():  # the latest by then
+            if before := [step for step in values if step <= timestep]:
+                row[name] = f"{values[max(before)]:.5g}"
+        rows.append(row)
+    return make_run(rows, args)
+
+
+def make_run(rows: list[dict[str, str]], args: dict[str, str], method: str = "") -> Run:
+    """A run from its rows of results.csv and its arguments."""
+    first, run = rows[0], Run(rows[0]["run"], method=method, rows=rows)
+    run.benchmark, run.seed = first["benchmark"], int(first["seed"])
+    run.architecture, run.row = paper_method(args)
+    dense = not {"GMP", "SET"} & set(run.row.split())  # prune_... and set_... have no effect
+    idle = ("prune_", "set_") if dense else ()
+    run.args = {k: v for k, v in args.items() if k not in NEUTRAL and not k.startswith(idle)}
+    columns = [name for name in first if "/" in name and first[name]]
+    run.measure, run.tasks = columns[0].split("/")[0], [name.split("/")[1] for name in columns]
+    run.timesteps = [int(row["timestep"]) for row in rows]
+    run.scores = np.array([[float(row[name]) for name in columns] for row in rows])
+    metrics = {name for name in rows[-1] if "/" not in name} - {*COLUMNS}
+    for name in metrics | set(METRICS):
+        run.metrics[name] = np.array([float(row.get(name) or math.nan) for row in rows])
     return run
 
 
+def read_results(path: Path) -> list[Run]:
+    """The runs of a results.csv, with their arguments from the arguments.json beside it."""
+    arguments, runs = json.loads((path.parent / "arguments.json").read_text()), {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault((row.pop("method"), row["run"]), []).append(row)
+    return [make_run(rows, arguments[method], method) for (method, _), rows in runs.items()]
+
+
+def write_results(runs: list[Run], out: Path) -> None:
+    """One row per run and evaluation, with the latest value of every metric by then, as
+    results.csv; the arguments of each method as arguments.json."""
+    arguments = {run.method: run.args for run in runs}
+    (out / "arguments.json").write_text(json.dumps(arguments, indent=1) + "\n")
+    names = {name: 0 for run in runs for name, value in run.rows[-1].items() if value}
+    tasks = [name for name in names if "/" in name]
+    with open(out / "partial.csv", "w", newline="") as file:
+        columns = [*COLUMNS, *tasks, *sorted(names.keys() - {*COLUMNS, *tasks})]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dict(row, method=run.method) for run in runs for row in run.rows)
+    os.replace(out / "partial.csv", out / "results.csv")
+
+
 def differing_args(runs: list[Run]) -> list[str]:
-    """The arguments in which runs differ, but for those that do not make another arm."""
-    names = {name for run in runs for name in run.args} - NEUTRAL
-    return sorted(n for n in names if len({run.args.get(n) for run in runs}) > 1)
+    """The arguments in which runs differ, of those that all of them have."""
+    names = set.intersection(*(set(run.args) for run in runs)) - NEUTRAL
+    return sorted(name for name in names if len({run.args[name] for run in runs}) > 1)
+
+
+def call_by_arguments(runs: list[Run]) -> None:
+    """Set the method of runs of no study: the paper's name, and the arguments in which the runs of
+    this name differ."""
+    for alike in group(runs, "row").values():
+        names = differing_args(alike)
+        for run in alike:
+            own = [f"{name.replace('_', ' ')} {run.args[name]}" for name in names]
+            run.method = ", ".join([run.row, *own])
 
 
 def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
-    """Complete runs, in the order of benchmarks and arms, and those left out."""
-    found = {}  # (folder, arm's name in a study) -> run
-    planned = set()  # folders
-    for path in sorted(args.runs, key=lambda path: path.suffix != ".toml"):  # studies first
-        if path.suffix == ".toml":
-            for plan in read_study(path, args.runs_dir):
-                run = read_run(plan.folder)
-                run.arm, run.against = plan.arm, plan.against
-                found.setdefault((plan.folder, plan.arm), run)
-                planned.add(plan.folder)
-        else:
-            marks = ("events.out.tfevents.*", "checkpoint.pt", "output.txt")
-            folders = {file.parent.resolve() for mark in marks for file in path.rglob(mark)}
-            if not folders:
-                fail(f"{path}: must be a study file, a run folder or a folder of run folders")
-            for folder in sorted(folders - planned):
-                found.setdefault((folder, ""), read_run(folder))
-    left_out = [run for run in found.values() if run.problem]
-    runs = [run for run in found.values() if not run.problem]
-    if not found:
+    """Complete runs, in the order of benchmarks and methods, and those left out."""
+    if not args.runs:
         fail("no runs given, must be study files, run folders or folders of run folders")
+    studies = [path for path in args.runs if path.suffix == ".toml"]
+    plans = [plan for path in studies for plan in read_study(path, args.runs_dir)]
+    files = sorted(args.results.glob("*/results.csv")) if studies else []
+    known = {run.name: run for path in files for run in read_results(path)}
+    found, folders = {}, set()  # (method, name of the folder) -> run
+    for plan in plans:
+        run = known.get(plan.folder.name) or read_log(plan.folder)
+        named = dict(
+            method=plan.method, against=plan.against, benchmark=run.benchmark or plan.benchmark
+        )
+        found[plan.method, plan.folder.name] = replace(run, seed=plan.seed, **named)
+    for path in set(args.runs) - set(studies):
+        marks = ("events.out.tfevents.*", "checkpoint.pt", "output.txt")
+        own = {file.parent.resolve() for mark in marks for file in path.rglob(mark)}
+        if not own:
+            fail(f"{path}: must be a study file, a run folder or a folder of run folders")
+        folders |= own
+    planned = {plan.folder for plan in plans}
+    others = [read_log(folder) for folder in sorted(folders - planned)]
+    call_by_arguments([run for run in others if not run.problem])
+    everything = [*found.values(), *others]
+    left_out = [run for run in everything if run.problem]
+    runs = [run for run in everything if not run.problem]
     if not runs:
         fail(f"none of {len(left_out)} runs is complete, the first is {left_out[0].problem}")
-
-    for alike in group([run for run in runs if not run.arm], "row").values():  # of no study
-        for run in alike:
-            own = [f", {n.replace('_', ' ')} {run.args.get(n)}" for n in differing_args(alike)]
-            run.arm = run.row + "".join(own)
-    for own in group(runs, "arm").values():
+    for own in group(runs, "method").values():
         if names := differing_args(own):
-            fail(f"{own[0].arm}: its runs must have the same arguments, they differ in {names}")
-    rows = list(dict.fromkeys(arm for _, arm in read_paper()))
-    order = {arm: i for i, arm in enumerate(dict.fromkeys(run.arm for run in runs))}
-    if not any(path.suffix == ".toml" for path in args.runs):  # the paper's order
-        ranks = {run.arm: rows.index(run.row) if run.row in rows else len(rows) for run in runs}
-        order = {arm: (rank, arm) for arm, rank in ranks.items()}
+            fail(f"{own[0].method}: its runs must have the same arguments, they differ in {names}")
+
+    rows = list(dict.fromkeys(method for _, method in read_paper()))
+    order = {method: i for i, (method,) in enumerate(group(runs, "method"))}
+    if not studies:  # the paper's order
+        ranks = {run.method: rows.index(run.row) if run.row in rows else len(rows) for run in runs}
+        order = {method: (rank, method) for method, rank in ranks.items()}
 
     def place(run):
         architecture = ARCHITECTURES.index(run.architecture)
-        return len(run.benchmark), run.benchmark, architecture, order[run.arm], run.seed
+        return len(run.benchmark), run.benchmark, architecture, order[run.method], run.seed
 
     runs.sort(key=place)
-    for a, b in itertools.pairwise(sorted(runs, key=lambda r: (r.arm, r.benchmark, r.seed))):
-        if (a.arm, a.benchmark, a.seed) == (b.arm, b.benchmark, b.seed):
-            fail(f"{a.folder} and {b.folder}: both {a.arm} on {a.benchmark} with seed {a.seed}")
+    for a, b in itertools.pairwise(sorted(runs, key=lambda r: (r.method, r.benchmark, r.seed))):
+        if (a.method, a.benchmark, a.seed) == (b.method, b.benchmark, b.seed):
+            fail(f"{a.name} and {b.name}: both {a.method} on {a.benchmark} with seed {a.seed}")
     return runs, left_out
+
+
+def choose_timestep(runs: list[Run], timestep: int | None) -> None:
+    """Set the asked evaluation, or the last, of a method's runs on a benchmark."""
+    evaluated = sorted(set.intersection(*(set(run.timesteps) for run in runs)))
+    if timestep is not None and timestep not in evaluated:
+        fail(
+            f"--timestep {timestep}: must be an evaluation of {runs[0].method}, one of {evaluated}"
+        )
+    for run in runs:
+        run.at = evaluated[-1] if timestep is None else timestep
+
+
+def group(runs: list[Run], *names: str) -> dict[tuple, list[Run]]:
+    """Runs by these attributes, in the order of the runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(getattr(run, name) for name in names), []).append(run)
+    return groups
+
+
+def matched(runs: list[Run]) -> dict[tuple[str, str], tuple[list[Run], list[Run]]]:
+    """(benchmark, method) -> its runs and those of the method that it is compared with, of the
+    seeds that both have, if there are two, and if both are shown at the same timestep."""
+    first, methods, found = {}, group(runs, "benchmark", "method"), {}
+    for (benchmark, method), own in methods.items():
+        base = first.setdefault((benchmark, own[0].architecture), own)
+        if against := own[0].against:
+            base = methods.get((benchmark, against), own)
+        seeds = {run.seed for run in own} & {run.seed for run in base}
+        if base is not own and len(seeds) > 1 and own[0].at == base[0].at:
+            own, base = ([run for run in side if run.seed in seeds] for side in (own, base))
+            found[benchmark, method] = own, base
+    return found
 
 
 def is_papers(run: Run) -> bool:
@@ -278,77 +374,99 @@ def is_papers(run: Run) -> bool:
 
 
 def read_paper() -> dict[tuple[str, str], tuple[float, float, float]]:
-    """(benchmark, arm) -> IQM and interval of the paper's table."""
+    """(benchmark, method) -> IQM and interval of the paper's table."""
     with open(Path(__file__).parent / "paper.csv") as file:
         _, *rows = csv.reader(file)
-    return {(benchmark, arm): tuple(map(float, row)) for benchmark, arm, *row in rows}
+    return {(benchmark, method): tuple(map(float, row)) for benchmark, method, *row in rows}
 
 
 # Statistics
 
 
+def run_scores(runs: list[Run], evaluations: int = 1) -> np.ndarray:
+    """Each run's mean over its tasks: (run,)."""
+    return np.array([run.score(evaluations).mean() for run in runs])
+
+
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """Mean of the middle half of scores (..., seed, task), over seeds and tasks: (...)."""
-    return trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
+    """Interquartile mean of runs' scores (..., run): (...), as aggregate_iqm of rliable."""
+    return trim_mean(scores, 0.25, axis=-1)
 
 
 def difference_of_iqms(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The IQM of scores (..., seed, task) above that of other seeds of the same tasks, base."""
+    """The IQM of scores (..., run) above that of other runs, base."""
     return iqm(scores) - iqm(base)
 
 
+def difference_of_means(values: np.ndarray, base: np.ndarray) -> np.ndarray:
+    return values.mean(-1) - base.mean(-1)
+
+
 def probability_of_improvement(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The probability that a run scores higher than one of base, both (..., seed, task), on a task,
-    a tie counting half, averaged over tasks: (...). Source: Agarwal et al. 2021, section 4.3."""
-    signs = np.sign(scores[..., :, None, :] - base[..., None, :, :])
-    return (signs.mean((-3, -2, -1)) + 1) / 2
+    """The probability that a run scores higher than one of base, both (..., run), a tie counting
+    half: (...). Source: Agarwal et al. 2021, section 4.3."""
+    signs = np.sign(scores[..., :, None] - base[..., None, :])
+    return (signs.mean((-2, -1)) + 1) / 2
 
 
-def draw(size: tuple[int, int], arms: tuple[np.ndarray, ...], rng, stratified: bool = False):
-    """Draws with replacement, size (resamples, seeds), of the seeds of arms, each (..., seed, task)
-    of the same seeds, or, stratified, of each task's seeds apart: [(..., resample, seed, task)]."""
-    tasks = np.arange(arms[0].shape[-1])
-    seeds = rng.integers(arms[0].shape[-2], size=(*size, len(tasks) if stratified else 1))
-    return [arm[..., seeds, tasks] for arm in arms]
-
-
-def interval(
-    statistic, *arms: np.ndarray, resamples: int = RESAMPLES, stratified: bool = False
-) -> np.ndarray | None:
-    """95 % bootstrap interval of a statistic of arms, each (..., seed, task) of the same seeds:
+def interval(statistic, *methods: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray | None:
+    """95 % bootstrap interval of a statistic of methods' scores, each (..., run) of the same seeds:
     (2, ...), or None with one seed.
 
-    It draws seeds, with all tasks, as one network plays them, and all arms, as they share layouts
-    and initial weights. Its percentiles are expanded for few seeds (Hesterberg 2015, The American
-    Statistician 69.4). Stratified, as in the paper, it draws each task's seeds apart, at the usual
-    percentiles, and is too narrow for few seeds and where the tasks of a run go together.
+    It draws seeds with replacement, each with the runs of all methods, as they share layouts and
+    initial weights. Its percentiles are expanded for few seeds (Hesterberg 2015, The American
+    Statistician 69.4).
     """
-    seeds = arms[0].shape[-2]
+    seeds = methods[0].shape[-1]
     if seeds == 1:
         return None
-    tail = 0.025
-    if not stratified:
-        tail = norm.cdf(math.sqrt(seeds / (seeds - 1)) * t.ppf(tail, seeds - 1))
-    rng, batch = np.random.default_rng(0), 1000
+    tail = norm.cdf(math.sqrt(seeds / (seeds - 1)) * t.ppf(0.025, seeds - 1))
+    rng, batch, values = np.random.default_rng(0), 1000, []
+    for _ in range(resamples // batch):
+        drawn = rng.integers(seeds, size=(batch, seeds))
+        values.append(statistic(*(scores[..., drawn] for scores in methods)))
+    return np.nanquantile(np.concatenate(values, axis=-1), (tail, 1 - tail), axis=-1)
+
+
+def swap_test(statistic, scores: np.ndarray, base: np.ndarray, chance: float = 0.0) -> float:
+    """Two-sided p of a statistic of two methods' scores (seed,), against its value by chance: how
+    often it is as extreme when the two scores of a seed are swapped or not, at random.
+
+    Exact up to MAX_EXACT seeds, where all swaps are made; above, SWAPS random ones and the
+    observed one.
+    """
+    seeds = len(scores)
+    exact = seeds <= MAX_EXACT
+    if exact:
+        swapped = np.arange(2**seeds)[:, None] >> np.arange(seeds) & 1 == 1  # (swap, seed)
+    else:
+        swapped = np.random.default_rng(0).random((SWAPS, seeds)) < 0.5
     values = [
-        statistic(*draw((batch, seeds), arms, rng, stratified)) for _ in range(resamples // batch)
+        statistic(np.where(swap, base, scores), np.where(swap, scores, base))
+        for swap in np.array_split(swapped, math.ceil(len(swapped) / 1000))
     ]
-    return np.quantile(np.concatenate(values, axis=-1), (tail, 1 - tail), axis=-1)
+    observed = abs(statistic(scores, base) - chance)
+    extreme = np.abs(np.concatenate(values) - chance) >= observed - 1e-9
+    return extreme.mean() if exact else (extreme.sum() + 1) / (SWAPS + 1)
 
 
-def seeds_to_tell(scores: np.ndarray, base: np.ndarray, gain: float = 0.1) -> str:
-    """How many seeds tell a gain in IQM from 0 in 80 % of studies, as text: from draws of so many
-    of the seeds of scores and base, both (seed, task), their difference shifted to the gain,
-    against 1.96 of its standard deviations, which are corrected for the few seeds drawn from."""
-    rng, few = np.random.default_rng(0), len(scores)
-    if few < 3:
-        return "-"
-    for seeds in range(5, 205, 5):
-        errors = difference_of_iqms(*draw((2000, seeds), (scores, base), rng))
-        errors = (errors - errors.mean()) * math.sqrt(few / (few - 1))
-        if (errors + gain > 1.96 * errors.std()).mean() >= 0.8:
-            return str(seeds)
-    return "more than 200"
+def seeds_needed(scores: np.ndarray, base: np.ndarray, gain: float = 0.1) -> str:
+    """How many seeds show a gain in IQM, by Student's t at 5 %, in 80 % of studies, as text: by the
+    spread of the difference between two methods' scores (seed,), and by the ends of its 95 %
+    interval (that of a normal variable's). At least six, which the swap test needs."""
+    few = len(scores)
+    drawn = np.random.default_rng(0).integers(few, size=(10_000, few))
+    spread = difference_of_iqms(scores[drawn], base[drawn]).std() * few / math.sqrt(few - 1)
+    tried = np.arange(6, 501)
+    errors = (t.ppf(0.975, tried - 1) + t.ppf(0.8, tried - 1)) / np.sqrt(tried)
+    limits = np.sqrt((few - 1) / chi2.ppf((0.975, 0.025), few - 1))
+
+    def seeds(factor):
+        if not (enough := tried[errors * spread * factor <= gain]).size:
+            return "over 500"
+        return str(enough[0] if enough[0] < 10 else math.ceil(enough[0] / 5) * 5)
+
+    return "{} ({} to {})".format(*map(seeds, (1, *limits)))
 
 
 def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -365,200 +483,147 @@ def describe_correlation(x: np.ndarray, y: np.ndarray) -> str:
         return f"no correlation ({len(x)} of at least 5 runs)"
     if not (np.ptp(x) and np.ptp(y)):
         return "no correlation (equal in all runs)"
-    with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):
-        result = bootstrap(
-            (x, y),
-            spearman,
-            **dict(n_resamples=RESAMPLES, batch=1000, method="percentile", paired=True),
-            rng=np.random.default_rng(0),
-        )
-    # Resamples in which a side does not vary, with their warning, have no correlation
-    low, high = np.nanquantile(result.bootstrap_distribution, (0.025, 0.975))
-    return f"Spearman {spearman(x, y):.2f} ({low:.2f}, {high:.2f}), {len(x)} runs"
-
-
-# Groups of runs
-
-
-def group(runs: list[Run], *names: str) -> dict[tuple, list[Run]]:
-    """Runs by these attributes, in the order of the runs."""
-    groups = {}
-    for run in runs:
-        groups.setdefault(tuple(getattr(run, name) for name in names), []).append(run)
-    return groups
-
-
-def common_timesteps(series: list[dict[int, float]]) -> list[int]:
-    """The timesteps at which all series have a value."""
-    return sorted(set.intersection(*map(set, series)))
-
-
-def last_value(series: dict[int, float], timestep: int) -> float | None:
-    """The latest value up to a timestep."""
-    return series.get(max((t for t in series if t <= timestep), default=None))
-
-
-def choose_timestep(runs: list[Run], timestep: int | None) -> None:
-    """Set the asked evaluation, or the last, of an arm's runs on a benchmark.
-
-    Plasticity must have been measured by then.
-    """
-    evaluated = common_timesteps([scores for run in runs for scores in run.scores.values()])
-    measured = max(min(run.metrics[metric]) for run in runs for metric in CURVES)
-    evaluated = [t for t in evaluated if t >= measured]
-    if timestep is not None and timestep not in evaluated:
-        fail(f"--timestep {timestep}: must be an evaluation of {runs[0].arm}, one of {evaluated}")
-    for run in runs:
-        run.at = evaluated[-1] if timestep is None else timestep
-
-
-def final_scores(runs: list[Run], evaluations: int = 1) -> np.ndarray:
-    """Each run's scores at its chosen evaluation, averaged with those just before it if more
-    evaluations are asked for: (run, task)."""
-    means = []
-    for run in runs:
-        last = [t for t in common_timesteps(list(run.scores.values())) if t <= run.at]
-        last = last[-evaluations:]
-        means.append([np.mean([task[t] for t in last]) for task in run.scores.values()])
-    return np.array(means)
-
-
-def units(scores: np.ndarray, run: Run) -> np.ndarray:
-    """What the IQM over a benchmark is taken of, from scores (..., seed, task): they themselves,
-    but of success rates (Meta-World) each run's mean over the tasks (..., seed, 1)."""
-    return scores.mean(-1, keepdims=True) if run.measure == "success_rate" else scores
+    return f"Spearman {with_interval(spearman(x, y), interval(spearman, x, y))}, {len(x)} runs"
 
 
 # Tables
 
 
-def write_results(runs: list[Run], path: Path) -> None:
-    """One row per run, task and evaluation, with the latest value of every metric by then."""
-    metrics = sorted({name for run in runs for name in run.metrics})
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        measure = "/".join(sorted({run.measure for run in runs}))
-        writer.writerow(["arm", "benchmark", "seed", "timestep", "task", measure, *metrics])
-        for run in runs:
-            for timestep in common_timesteps(list(run.scores.values())):
-                values = [last_value(run.metrics.get(name, {}), timestep) for name in metrics]
-                shown = ["" if value is None else f"{value:.5g}" for value in values]
-                for task, scores in run.scores.items():
-                    row = [run.arm, run.benchmark, run.seed, timestep, task]
-                    writer.writerow([*row, f"{scores[timestep]:.5g}", *shown])
+def table(columns: list[str], rows: list[list]) -> str:
+    """In markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def results_table(runs: list[Run]) -> list[str]:
-    """IQM and interval per arm and benchmark, as lines of markdown, next to the paper's unless an
-    argument of PAPER_ARGS or the timestep is not the paper's."""
-    paper = read_paper()
-    lines = ["| benchmark | arm | seeds | timestep | IQM (95 % interval) | paper | overlap |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
+def with_interval(value: float, limits, decimals: int = 2) -> str:
+    numbers = np.round([value, *(() if limits is None else limits)], decimals) + 0.0  # no -0.00
+    value, *limits = [f"{number:.{decimals}f}" for number in numbers]
+    return f"{value} ({', '.join(limits) or 'no interval: 1 seed'})"
+
+
+def shown_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def verdict(p: float, seeds: int) -> str:
+    """In words; 2 of the 2^seeds swaps are always as extreme."""
+    if 2 / 2**seeds > 0.05:
+        return f"{seeds} seeds cannot show it"
+    return "significant" if p < 0.05 else "not significant"
+
+
+def answer_table(runs: list[Run]) -> str:
+    """IQM per method and benchmark next to the paper's, unless an argument of PAPER_ARGS or the
+    timestep is not the paper's, and the gain over the method that it is compared with."""
+    paper, pairs, rows = read_paper(), matched(runs), []
+    for (benchmark, method), own in group(runs, "benchmark", "method").items():
         same = is_papers(own[0]) and own[0].at == PAPER_TIMESTEPS.get(benchmark)
         theirs = paper.get((benchmark, own[0].row)) if same else None
-        scores = units(final_scores(own), own[0])
-        limits = interval(iqm, scores, stratified=True)
-        shown, expected, overlap = "no interval: 1 seed", "-", "-"
-        if limits is not None:
-            shown = "{:.2f}, {:.2f}".format(*limits)
-        if theirs:
-            expected = "{:.2f} ({:.2f}, {:.2f})".format(*theirs)
-        if theirs and limits is not None:
-            overlap = "yes" if limits[0] <= theirs[2] and theirs[1] <= limits[1] else "no"
-        ours = f"{iqm(scores):.2f} ({shown})"
-        cells = [benchmark, arm, len(own), own[0].at, ours, expected, overlap]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+        scores, compared = run_scores(own), ["-"] * 4
+        if pair := pairs.get((benchmark, method)):
+            sides = [run_scores(side) for side in pair]
+            gain = difference_of_iqms(*sides), interval(difference_of_iqms, *sides)
+            p = swap_test(difference_of_iqms, *sides)
+            compared = [pair[1][0].method, with_interval(*gain), shown_p(p)]
+            compared.append(verdict(p, len(sides[0])))
+        ours = with_interval(iqm(scores), interval(iqm, scores))
+        expected = with_interval(theirs[0], theirs[1:]) if theirs else "-"
+        rows.append([benchmark, method, len(own), own[0].at, ours, expected, *compared])
+    columns = "benchmark, method, seeds, timestep, IQM (95 % interval), paper, against"
+    return table([*columns.split(", "), "gain (95 % interval)", "p", "verdict"], rows)
 
 
-def matched(runs: list[Run]) -> dict[tuple[str, str], tuple[list[Run], list[Run]]]:
-    """(benchmark, arm) -> its runs and those of the arm that it is compared with, of the seeds that
-    both have, if there are two."""
-    first, arms, found = {}, group(runs, "benchmark", "arm"), {}
-    for (benchmark, arm), own in arms.items():
-        base = first.setdefault((benchmark, own[0].architecture), own)
-        if against := own[0].against:
-            base = arms.get((benchmark, against), own)
-        seeds = {run.seed for run in own} & {run.seed for run in base}
-        if base is not own and len(seeds) > 1:
-            own, base = ([run for run in side if run.seed in seeds] for side in (own, base))
-            found[benchmark, arm] = own, base
-    return found
+def describe_differences(runs: list[Run]) -> str:
+    """Of each pair of compared methods, the arguments in which they differ."""
+    lines = {}
+    for own, base in matched(runs).values():
+        names = differing_args([own[0], base[0]])
+        shown = [f"`{name}` {own[0].args[name]}, not {base[0].args[name]}" for name in names]
+        lines[f"- {own[0].method} against {base[0].method}: {'; '.join(shown) or 'none'}"] = None
+    return "\n".join(lines) or "No methods are compared."
 
 
-def details_table(runs: list[Run]) -> list[str]:
-    """Per arm and benchmark, as lines of markdown: what the IQM hides, and plasticity then."""
-    columns = "benchmark, arm, against, gain, late gain, probability of improvement"
-    columns += ", seeds to tell 0.1, late, score of each seed, their mean, dormant"
-    columns += ", effective rank, Fisher trace"
-    columns = columns.split(", ")
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    pairs = matched(runs)
-    for (benchmark, arm), own in group(runs, "benchmark", "arm").items():
-        names = ("actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank")
-        names += ("critic_effective_rank", "fisher_trace")
-        last = [[last_value(run.metrics[name], run.at) for run in own] for name in names]
-        actor_dormant, critic_dormant, actor_rank, critic_rank, trace = np.mean(last, axis=1)
-        against = ["-"] * 5
-        if pair := pairs.get((benchmark, arm)):
-            ends, tails = ([units(final_scores(side, n), own[0]) for side in pair] for n in (1, 5))
-            against = [pair[1][0].arm]
-            for statistic, sides in (
-                (difference_of_iqms, ends),
-                (difference_of_iqms, tails),
-                (probability_of_improvement, ends),
+def details_table(runs: list[Run]) -> str:
+    """What the IQM hides, per method and benchmark."""
+    rows, pairs = [], matched(runs)
+    for (benchmark, method), own in group(runs, "benchmark", "method").items():
+        scores, cells = run_scores(own), ["-"] * 5
+        if pair := pairs.get((benchmark, method)):
+            ends, tails = ([run_scores(side, n) for side in pair] for n in (1, 5))
+            cells = []
+            for statistic, sides, chance in (
+                (difference_of_iqms, tails, 0),
+                (probability_of_improvement, ends, 0.5),
             ):
-                values = statistic(*sides), *interval(statistic, *sides)
-                against.append("{:.2f} ({:.2f}, {:.2f})".format(*values))
-            against.append(seeds_to_tell(*ends))
-        seeds = final_scores(own).mean(-1)
-        late = iqm(units(final_scores(own, 5), own[0]))
-        cells = [benchmark, arm, *against, f"{late:.2f}"]
-        cells += [", ".join(f"{seed:.2f}" for seed in seeds), f"{seeds.mean():.2f}"]
-        cells.append(f"{100 * actor_dormant:.1f} / {100 * critic_dormant:.1f} %")
-        cells += [f"{actor_rank:.0f} / {critic_rank:.0f}", f"{trace:.4g}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+                cells.append(with_interval(statistic(*sides), interval(statistic, *sides)))
+                cells.append(shown_p(swap_test(statistic, *sides, chance)))
+            cells.append(seeds_needed(*ends))
+        each = ", ".join(f"{score:.2f}" for score in scores)
+        late = f"{iqm(run_scores(own, 5)):.2f}"
+        rows.append([benchmark, method, each, f"{scores.mean():.2f}", late, *cells])
+    columns = "benchmark, method, score of each seed, mean, late IQM, late gain, p"
+    columns += ", probability of improvement, p, seeds needed"
+    return table(columns.split(", "), rows)
 
 
-def plasticity_table(runs: list[Run]) -> list[str]:
-    """Per arm and benchmark, as lines of markdown: every metric less that of the arm it is compared
-    with, means over the seeds that both have, and Student's paired 95 % interval."""
-    names = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
-    names += ["critic_effective_rank", "fisher_trace"]
-    columns = ["benchmark", "arm", "against", "dormant, actor", "dormant, critic"]
-    columns += ["effective rank, actor", "effective rank, critic", "Fisher trace"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for (benchmark, arm), pair in matched(runs).items():
-        cells = [benchmark, arm, pair[1][0].arm]
-        for name in names:
-            sides = [[last_value(run.metrics[name], run.at) for run in side] for side in pair]
-            differences = np.subtract(*sides)
-            shown = np.array([differences.mean()] * 3)
-            if np.ptp(differences):
-                shown[1:] = ttest_1samp(differences, 0).confidence_interval()
-            if name.endswith("dormant_ratio"):
-                cells.append("{:.2f} ({:.2f}, {:.2f}) %".format(*(100 * shown)))
-            else:
-                cells.append("{:.0f} ({:.0f}, {:.0f})".format(*shown))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines if len(lines) > 2 else ["No two arms of two seeds."]
+def plasticity_table(runs: list[Run]) -> str:
+    """Means over seeds of every metric, per method and benchmark."""
+    rows = []
+    for (benchmark, method), own in group(runs, "benchmark", "method").items():
+        means = {name: np.mean([run.metric(name) for run in own]) for name in METRICS}
+        dormant = [100 * means[f"{name}_dormant_ratio"] for name in ("actor", "critic")]
+        ranks = [means[f"{name}_effective_rank"] for name in ("actor", "critic")]
+        cells = ["{:.1f} / {:.1f} %".format(*dormant), "{:.0f} / {:.0f}".format(*ranks)]
+        rows.append([benchmark, method, *cells, f"{means['fisher_trace']:.4g}"])
+    return table("benchmark, method, dormant, effective rank, Fisher trace".split(", "), rows)
+
+
+def plasticity_differences(runs: list[Run]) -> str:
+    """Every metric less that of the method compared with, means over the seeds that both have."""
+    rows = []
+    for (benchmark, method), pair in matched(runs).items():
+        cells = [benchmark, method, pair[1][0].method]
+        for name in METRICS:
+            sides = [np.array([run.metric(name) for run in side]) for side in pair]
+            difference = sides[0] - sides[1]
+            scale, decimals = (100, 2) if name.endswith("dormant_ratio") else (1, 0)
+            n, mean = len(difference), scale * difference.mean()
+            half = scale * t.ppf(0.975, n - 1) * difference.std(ddof=1) / math.sqrt(n)
+            shown = with_interval(mean, (mean - half, mean + half), decimals)
+            p = shown_p(swap_test(difference_of_means, *sides))
+            cells.append(f"{shown}{' %' * (scale == 100)}, p {p}")
+        rows.append(cells)
+    if not rows:
+        return "No two methods of two seeds."
+    return table(["benchmark", "method", "against", *METRICS.values()], rows)
+
+
+def describe_left_out(runs: list[Run]) -> str:
+    """A line per problem of a method's runs, or of a run of no study."""
+    lines = []
+    for (method, benchmark, problem), own in group(runs, "method", "benchmark", "problem").items():
+        seeds = sorted(run.seed for run in own)
+        shown = ", ".join(map(str, seeds))
+        if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+            shown = f"{seeds[0]} to {seeds[-1]}"
+        several = f"{method} on {benchmark}, seed{'s' * (len(seeds) > 1)} {shown}: {problem}"
+        lines += [several] if method else [f"{run.name}: {problem}" for run in own]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 # Figures
 
 
 def choose_styles(runs: list[Run]) -> None:
-    """Set colour and marker of every arm, the same in all figures of all reports for the paper's
-    dense, GMP and SET, or what is closest to them; its label is the arm's name without the
+    """Set colour and marker of every method, the same in all figures of all reports for the paper's
+    dense, GMP and SET, or what is closest to them; its label is the method's name without the
     architecture, which titles the panel."""
-    places = {}  # label -> colour; the paper's own arms first
-    first = dict(dense=0, GMP=1, SET=2)
+    places = {}  # label -> colour; the paper's own methods first
+    first = dict(dense=0, gmp=1, set=2)
     for run in sorted(runs, key=lambda run: not is_papers(run)):
-        label = run.arm.removeprefix(f"{run.architecture} ")
+        label = run.method.removeprefix(f"{run.architecture} ")
         if label not in places:
-            place = first.get(label.replace(",", " ").split()[0])
+            place = first.get(label.replace(",", " ").split()[0].lower())
             if place is None or place in places.values():
                 place = next(i for i in itertools.count(3) if i not in places.values())
             places[label] = place
@@ -567,12 +632,20 @@ def choose_styles(runs: list[Run]) -> None:
         run.style = dict(color=COLOURS[i], marker=marker, label=label)
 
 
-def panels(rows: int, columns: int, width: float, height: float, sharey):
-    """A figure of this width and its axes (row, column) of this height, in inches."""
-    size = (width, height * rows + 0.4)
-    return plt.subplots(
-        rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained"
-    )
+def group_panels(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs by what may stand in one panel, under its title: those of unequal length may not."""
+    panels = group(runs, "architecture", "benchmark", "at")
+    several = len(group(runs, "at")) > 1
+    return {
+        f"{architecture}, {benchmark}" + f", timestep {at}" * several: own
+        for (architecture, benchmark, at), own in panels.items()
+    }
+
+
+def subplots(rows: int, columns: int, height: float, width: float = WIDTH, sharey: bool = True):
+    """A figure of this width, in inches, and its axes (row, column) of this height."""
+    form = dict(squeeze=False, layout="constrained", figsize=(width, height * rows + 0.4))
+    return plt.subplots(rows, columns, sharey=sharey, **form)
 
 
 def finish(figure, path: Path) -> None:
@@ -594,15 +667,14 @@ def finish(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curve(axes, runs: list[Run], series_of) -> None:
-    """IQM over time, with its band, of an arm's series_of(run), one for each task or one."""
-    series = [list(series_of(run)) for run in runs]
-    timesteps = common_timesteps([values for seed in series for values in seed])
-    values = np.array([[[task[t] for task in seed] for seed in series] for t in timesteps])
-    values = units(values, runs[0])
+def draw_curve(axes, runs: list[Run], values_of) -> None:
+    """IQM over time, with its band, of values_of(run), one for each of its evaluations."""
+    timesteps = sorted(set.intersection(*(set(run.timesteps) for run in runs)))
+    series = [dict(zip(run.timesteps, values_of(run), strict=True)) for run in runs]
+    values = np.array([[own[timestep] for own in series] for timestep in timesteps])
     marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
     axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
-    limits = interval(iqm, values, resamples=BAND_RESAMPLES, stratified=True)
+    limits = interval(iqm, values, resamples=BAND_RESAMPLES)
     if limits is not None:
         band = dict(color=runs[0].style["color"], alpha=0.2, linewidth=0)
         axes.fill_between(timesteps, *limits, **band)
@@ -614,37 +686,33 @@ def plot_learning_curves(runs: list[Run], path: Path) -> None:
     """IQM over training: a benchmark per row, an architecture per column."""
     rows, columns = group(runs, "benchmark"), group(runs, "architecture")
     width = WIDTH if len(columns) > 1 else WIDTH / 2
-    figure, axes = panels(len(rows), len(columns), width, 2.4, sharey=True)
+    figure, axes = subplots(len(rows), len(columns), 2.4, width)
     cells = itertools.product(rows, columns)
     for panel, ((benchmark,), (architecture,)) in zip(axes.flat, cells, strict=True):
         own = [run for run in rows[(benchmark,)] if run.architecture == architecture]
         panel.set_visible(bool(own))
-        for arm in group(own, "arm").values():
-            draw_curve(panel, arm, lambda run: run.scores.values())
-            panel.set_ylabel(f"{arm[0].measure.replace('_', ' ')} (IQM)")
+        for method in group(own, "method").values():
+            draw_curve(panel, method, lambda run: run.scores.mean(1))
+            panel.set_ylabel(f"{method[0].measure.replace('_', ' ')} (IQM)")
         panel.set(title=f"{architecture}, {benchmark}", xlabel="timesteps")
         panel.tick_params(labelleft=True)
     finish(figure, path)
 
 
-def percent(share: float, position=None) -> str:
-    """A tick's label."""
-    return f"{100 * share:.3g} %"
-
-
 def plot_plasticity(runs: list[Run], path: Path) -> None:
-    """The four plasticity metrics over training, a row per architecture and benchmark."""
-    rows = group(runs, "architecture", "benchmark")
-    figure, axes = panels(len(rows), len(CURVES), WIDTH, 1.7, sharey=False)
+    """Plasticity metrics over training, a row per architecture and benchmark."""
+    rows, shown = group(runs, "architecture", "benchmark"), dict(METRICS)
+    del shown["critic_effective_rank"]
+    figure, axes = subplots(len(rows), len(shown), 1.7, sharey=False)
     for (title, own), row in zip(rows.items(), axes, strict=True):
-        for panel, metric in zip(row, CURVES, strict=True):
-            for arm in group(own, "arm").values():
-                draw_curve(panel, arm, lambda run, metric=metric: [run.metrics[metric]])
+        for panel, metric in zip(row, shown, strict=True):
+            for method in group(own, "method").values():
+                draw_curve(panel, method, lambda run, metric=metric: run.metrics[metric])
             panel.set_ylim(bottom=0)
             if metric.endswith("dormant_ratio"):
-                panel.yaxis.set_major_formatter(percent)
+                panel.yaxis.set_major_formatter(PERCENT)
         row[0].set_ylabel(", ".join(title))
-    for top, bottom, name in zip(axes[0], axes[-1], CURVES.values(), strict=True):
+    for top, bottom, name in zip(axes[0], axes[-1], shown.values(), strict=True):
         top.set_title(name)
         bottom.set_xlabel("timesteps")
     finish(figure, path)
@@ -652,79 +720,49 @@ def plot_plasticity(runs: list[Run], path: Path) -> None:
 
 def plot_final_scores(runs: list[Run], path: Path) -> None:
     """Each task's score: a small mark per seed, a large one for their IQM with its interval."""
-    rows = group(runs, "architecture", "benchmark")
-    figure, axes = panels(len(rows), 1, WIDTH, 2.4, sharey=True)
+    rows = group_panels(runs)
+    figure, axes = subplots(len(rows), 1, 2.4)
     for (title, own), panel in zip(rows.items(), axes.flat, strict=True):
-        tasks, arms = [*own[0].scores, "all tasks"], group(own, "arm").values()
-        for number, arm in enumerate(arms):
-            scores, style = final_scores(arm), arm[0].style
-            places = np.arange(len(tasks)) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
-            for seed in scores:
-                small = style | dict(s=6, alpha=0.5, linewidths=0, label="_")
-                panel.scatter(places[:-1], seed, **small)
-            samples = [*scores.T[..., None], units(scores, arm[0])]
+        tasks, methods = [*own[0].tasks, "mean of tasks"], group(own, "method").values()
+        for number, method in enumerate(methods):
+            scores, style = np.array([run.score() for run in method]), method[0].style
+            places = np.arange(len(tasks)) + (number - (len(methods) - 1) / 2) * 0.8 / len(methods)
+            samples = [*scores.T, scores.mean(1)]
             for place, sample in zip(places, samples, strict=True):
-                limits = interval(iqm, sample, stratified=True)
+                small = style | dict(s=6, alpha=0.5, linewidths=0, label="_")
+                panel.scatter(np.full(len(sample), place), sample, **small)
+                limits = interval(iqm, sample)
                 if limits is not None:
                     panel.vlines(place, *limits, color=style["color"], linewidth=1.2)
                 panel.plot(place, iqm(sample), **style, linestyle="", markersize=5)
         panel.axvline(len(tasks) - 1.5, color="#999999", linewidth=0.8)
         turned = dict(rotation=30, ha="right", rotation_mode="anchor") if len(tasks) > 6 else {}
         panel.set_xticks(range(len(tasks)), tasks, **turned)
-        panel.set(title=", ".join(title), ylabel=own[0].measure.replace("_", " "))
-    finish(figure, path)
-
-
-def plot_profile(runs: list[Run], path: Path) -> None:
-    """Performance profile: the share of runs and tasks that score above each level, with its band,
-    a panel per architecture and benchmark (Agarwal et al. 2021, section 4.2)."""
-    rows = group(runs, "architecture", "benchmark")
-    columns = min(len(rows), 3)
-    lines = math.ceil(len(rows) / columns)
-    width = WIDTH if columns > 1 else WIDTH / 2
-    figure, axes = panels(lines, columns, width, 2.4, sharey=True)
-    levels = np.linspace(0, 1, 101)
-
-    def share(above):
-        return above.mean((-2, -1))
-
-    for panel in axes.flat[len(rows) :]:
-        panel.set_visible(False)
-    for (title, own), panel in zip(rows.items(), axes.flat, strict=False):
-        for arm in group(own, "arm").values():
-            above = (final_scores(arm) > levels[:, None, None]).astype(float)  # (level, run, task)
-            panel.plot(levels, share(above), **arm[0].style, markevery=20, markersize=3)
-            limits = interval(share, above, resamples=BAND_RESAMPLES, stratified=True)
-            if limits is not None:
-                band = dict(color=arm[0].style["color"], alpha=0.15, linewidth=0)
-                panel.fill_between(levels, *limits, **band)
-        measure = own[0].measure.replace("_", " ")
-        panel.set(title=", ".join(title), xlabel=f"{measure} above", ylim=(0, 1))
-        panel.set_ylabel("share of runs and tasks")
-        panel.tick_params(labelleft=True)
-        panel.yaxis.set_major_formatter(percent)
+        panel.set(title=title, ylabel=own[0].measure.replace("_", " "))
     finish(figure, path)
 
 
 def plot_dormancy(runs: list[Run], path: Path) -> list[str]:
     """Dormancy against score over runs, a row per architecture and benchmark; the correlations as
     lines of markdown."""
-    rows, lines = group(runs, "architecture", "benchmark"), []
-    figure, axes = panels(len(rows), 2, WIDTH, 2.6, sharey=True)
+    rows, lines = group_panels(runs), []
+    figure, axes = subplots(len(rows), 2, 2.6)
     for (title, own), row in zip(rows.items(), axes, strict=True):
-        own = list({run.folder: run for run in own}.values())  # two studies may share a run
+        own = list({run.name: run for run in own}.values())  # two studies may share a run
+        row[0].set_ylabel(f"{own[0].measure.replace('_', ' ')}, mean of tasks")
         for panel, network in zip(row, ("actor", "critic"), strict=True):
-            x, y = [], final_scores(own).mean(-1)
-            for run, score in zip(own, y, strict=True):
-                x.append(last_value(run.metrics[f"{network}_dormant_ratio"], run.at))
-                panel.plot(x[-1], score, **run.style, linestyle="", markersize=5)
-            correlation = describe_correlation(np.array(x), y)
-            lines.append(f"- {', '.join(title)}, {network}: {correlation}")
-            panel.set_title(f"{', '.join(title)}\n{correlation}")
+            x, y = (
+                np.array([run.metric(f"{network}_dormant_ratio") for run in own]),
+                run_scores(own),
+            )
+            for run, dormant, score in zip(own, x, y, strict=True):
+                panel.plot(dormant, score, **run.style, linestyle="", markersize=5)
+            correlation = describe_correlation(x, y)
+            lines.append(f"- {title}, {network}: {correlation}")
+            panel.set_title(f"{title}\n{correlation}")
             panel.xaxis.set_major_locator(MaxNLocator(5))
-            panel.xaxis.set_major_formatter(percent)
-            panel.set_xlabel(f"dormant share of the {network}'s neurons")
-            panel.set_ylabel(f"{own[0].measure.replace('_', ' ')}, mean of tasks")
+            panel.xaxis.set_major_formatter(PERCENT)
+            panel.set_xlabel(f"dormant neurons of the {network}")
     finish(figure, path)
     return lines
 
@@ -735,40 +773,34 @@ def report(args: Args) -> None:
     matplotlib.use("Agg")
     plt.rcParams.update({"font.size": FONT_SIZE, "axes.titlesize": "medium"})
     runs, left_out = read_runs(args)
-    for own in group(runs, "benchmark", "arm").values():
+    for own in group(runs, "benchmark", "method").values():
         choose_timestep(own, args.timestep)
     choose_styles(runs)
-    table = results_table(runs)
+    results = args.out / "results.csv"
+    held = {run.name for run in read_results(results)} if results.exists() else set()
+    if lost := sorted(held - {run.name for run in runs}):
+        fail(f"{results}: holds {lost[0]}, which is not in this report; give another --out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.csv").touch()
+        (args.out / "report.md").touch()
     except OSError as error:
         fail(f"--out {args.out}: must be a folder to write to ({error.strerror})")
-    write_results(runs, args.out / "results.csv")
+    write_results(runs, args.out)
     plot_learning_curves(runs, args.out / "learning_curves.png")
     plot_plasticity(runs, args.out / "plasticity.png")
     plot_final_scores(runs, args.out / "final_returns.png")
-    plot_profile(runs, args.out / "performance_profile.png")
     correlations = plot_dormancy(runs, args.out / "dormancy_return.png")
-    shared = [
-        f"`{k}` {v}"
-        for k, v in runs[0].args.items()
-        if k not in NEUTRAL and all(run.args.get(k) == v for run in runs)
-    ]
-    named = [f"{run.folder.name}: {run.problem}" for run in left_out]
+    answer, missing = answer_table(runs), describe_left_out(left_out)
     text = TEXT.format(
-        runs=len({run.folder for run in runs}),
-        resamples=RESAMPLES,
-        table="\n".join(table),
-        details="\n".join(details_table(runs)),
-        plasticity="\n".join(plasticity_table(runs)),
-        correlations="\n".join(correlations),
-        left_out="\n".join(f"- {line}" for line in named) or "Nothing.",
-        shared=", ".join(shared),
+        **dict(runs=len({run.name for run in runs}), answer=answer, resamples=RESAMPLES),
+        **dict(max_exact=MAX_EXACT, swaps=SWAPS, differences=describe_differences(runs)),
+        **dict(details=details_table(runs), plasticity=plasticity_table(runs)),
+        **dict(plasticity_differences=plasticity_differences(runs)),
+        **dict(correlations="\n".join(correlations), left_out=missing or "None."),
     )
     (args.out / "report.md").write_text(text)
-    print(f"wrote {args.out}", *table, sep="\n")
-    print("\n".join(f"left out {line}" for line in named), end="\n" * bool(named))
+    print(f"wrote {args.out}", answer, sep="\n")
+    print(f"left out:\n{missing}\n" * bool(missing), end="")
 
 
 if __name__ == "__main__":

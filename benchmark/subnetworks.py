@@ -17,8 +17,7 @@ of the very sets in question, and two heads alone would have no choice but their
 features that both read are then hypergeometric; chance and its 95 % range, of a mean over seeds
 too, are those of 10,000 draws. Beyond chance means that heads choose alike or apart, not why.
 
-Reads runs' checkpoints or what archive.py keeps of them, prints tables, and with --out writes
-subnetworks.md and subnetworks.png too.
+Reads runs' checkpoints and prints tables; with --out it writes subnetworks.md and subnetworks.png.
 
     python benchmark/subnetworks.py runs/sweep --out report
 """
@@ -33,9 +32,9 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import tyro
-from archive import read_masks
-from report import FONT_SIZE, differing_args, group, paper_arm, spearman
+from report import FONT_SIZE, call_by_arguments, group, paper_method, spearman, table
 from sweep import fail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,10 +63,8 @@ Colour: the difference. *: the mean is outside the 95 % range of chance."""
 class Args:
     """Overlap of what the tasks' heads read, from the masks of sparse MiniGrid runs."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders, folders that hold run folders"""
-    out: Path | None = None
-    """folder to write subnetworks.md and subnetworks.png to"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders, folders that hold run folders
+    out: Path | None = None  # folder to write subnetworks.md and subnetworks.png to
 
 
 @dataclass
@@ -87,12 +84,12 @@ class Run:
     """One run and its networks."""
 
     folder: Path
-    row: str  # arm, as report.py calls it, and benchmark
+    row: str  # method, as report.py calls it, and benchmark
     args: dict[str, str]
     tasks: tuple[str, ...]
     networks: dict[str, Network]
     seed: int
-    arm: str = ""  # row, and the arguments in which its runs differ
+    method: str = ""  # row, and the arguments in which its runs differ
 
 
 # Reading
@@ -128,40 +125,50 @@ def read_network(layers: dict[str, np.ndarray]) -> Network:
     return network
 
 
+def load_checkpoint(folder: Path) -> dict:
+    """What a run's checkpoint.pt holds."""
+    try:
+        return torch.load(folder / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        fail(f"{folder}: checkpoint.pt is damaged ({type(error).__name__})")
+
+
+def read_layers(state: dict) -> dict[str, np.ndarray]:
+    """The masks of a network's state, as bool, and the weights of its task encoder, as float."""
+    layers = {name: mask.numpy() > 0 for name, mask in state["_extra_state"].items()}
+    if layers and "task_encoder.weight" in state:
+        layers["task_encoder"] = state["task_encoder.weight"].numpy()
+    return layers
+
+
 def read_run(folder: Path) -> Run | str:
     """A run, or why it is left out."""
-    masks = read_masks(folder)
-    if masks is None:
-        return "neither checkpoint.pt nor masks.npz"
-    if not masks.arrays:
+    state = load_checkpoint(folder)
+    layers, args = {name: read_layers(state[name]) for name in ("actor", "critic")}, state["args"]
+    if not layers["actor"]:
         return "dense, it has no masks"
-    if "actor/head_hidden" not in masks.arrays:
-        return f"{masks.script}, must be a run on MiniGrid"
-    stride, total = masks.args["num_steps"], masks.args["total_timesteps"]
-    if masks.timestep < total // stride * stride:
-        return f"incomplete: at timestep {masks.timestep} of {total}"
-    networks = {}
-    for network in ("actor", "critic"):
-        own = [name for name in masks.arrays if name.startswith(network)]
-        networks[network] = read_network({name.split("/")[1]: masks.arrays[name] for name in own})
-    benchmarks = importlib.import_module("mtppo_gmp").BENCHMARKS
-    ids = masks.args["env_ids"] or benchmarks[masks.args["benchmark"]]
+    if "head_hidden" not in layers["actor"]:
+        return f"{state['script']}, must be a run on MiniGrid"
+    if state["timestep"] + args["num_steps"] <= args["total_timesteps"]:
+        return f"incomplete: at timestep {state['timestep']} of {args['total_timesteps']}"
+    networks = {name: read_network(own) for name, own in layers.items()}
+    script = importlib.import_module(state["script"])
+    ids = script.task_ids(script.Args(**args))
     tasks = tuple(name.removeprefix("MiniGrid-").removesuffix("-v0") for name in ids)
     if len(tasks) == 1:
         return "a single task"
-    args = {name: str(value) for name, value in masks.args.items()}
-    benchmark = ", ".join(tasks) if masks.args["env_ids"] else args["benchmark"]
-    row = f"{paper_arm(args)[1]} on {benchmark}"
-    return Run(folder, row, args, tasks, networks, masks.args["seed"])
+    benchmark = ", ".join(tasks) if args["env_ids"] else args["benchmark"]
+    shown = {name: str(value) for name, value in args.items()}
+    row = f"{paper_method(shown)[1]} on {benchmark}"
+    return Run(folder, row, shown, tasks, networks, args["seed"])
 
 
 def read_runs(paths: tuple[Path, ...]) -> tuple[list[list[Run]], list[str]]:
-    """The runs of each arm, by seed, and a line for each run that is left out."""
+    """The runs of each method, by seed, and a line for each run that is left out."""
     sys.path.insert(0, str(ROOT))
     folders = set()
     for path in paths:
-        marks = ("checkpoint.pt", "masks.npz", "output.txt")
-        found = {file.parent.resolve() for mark in marks for file in path.rglob(mark)}
+        found = {file.parent.resolve() for file in path.rglob("checkpoint.pt")}
         if not found:
             fail(f"{path}: must be a run folder or a folder of run folders")
         folders |= found
@@ -172,15 +179,12 @@ def read_runs(paths: tuple[Path, ...]) -> tuple[list[list[Run]], list[str]]:
     runs = [run for run in read.values() if isinstance(run, Run)]
     if not runs:
         fail(f"none of {len(left_out)} runs has masks to compare, the first: {left_out[0]}")
-    for alike in group(runs, "row").values():
-        for run in alike:
-            own = [f", {n.replace('_', ' ')} {run.args.get(n)}" for n in differing_args(alike)]
-            run.arm = run.row + "".join(own)
-    arms = [sorted(own, key=lambda run: run.seed) for own in group(runs, "arm").values()]
-    for a, b in itertools.chain.from_iterable(map(itertools.pairwise, arms)):
+    call_by_arguments(runs)
+    methods = [sorted(own, key=lambda run: run.seed) for own in group(runs, "method").values()]
+    for a, b in itertools.chain.from_iterable(map(itertools.pairwise, methods)):
         if a.seed == b.seed:
-            fail(f"{a.folder} and {b.folder}: both {a.arm} with seed {a.seed}")
-    return arms, left_out
+            fail(f"{a.folder} and {b.folder}: both {a.method} with seed {a.seed}")
+    return methods, left_out
 
 
 # Overlap and chance
@@ -244,7 +248,7 @@ def compare(observed: np.ndarray, draws: np.ndarray) -> Comparison:
 
 
 def compare_pairs(networks: list[Network]) -> dict[tuple[int, int], Comparison]:
-    """Overlap of every two tasks' heads, of an arm's networks, one a seed."""
+    """Overlap of every two tasks' heads, of a method's networks, one a seed."""
     pairs = {}
     for i, j in itertools.combinations(range(len(networks[0].reads)), 2):
         rng = np.random.default_rng([i, j])
@@ -255,7 +259,7 @@ def compare_pairs(networks: list[Network]) -> dict[tuple[int, int], Comparison]:
 
 
 def compare_alone(networks: list[Network]) -> list[Comparison]:
-    """The share that only the one head reads, for each task, of an arm's networks, one a seed."""
+    """The share that only the one head reads, for each task, of a method's networks, one a seed."""
     rng, heads = np.random.default_rng(0), []
     for task in range(len(networks[0].reads)):
         observed = np.array([alone(n.reads, task) for n in networks])
@@ -268,24 +272,18 @@ def compare_alone(networks: list[Network]) -> list[Comparison]:
 
 
 def title(runs: list[Run], name: str) -> str:
-    """Of an arm's actors or critics."""
-    return f"{runs[0].arm}: {name}, {len(runs)} seed{'s' * (len(runs) > 1)}"
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """In markdown."""
-    lines = [titles, ["-"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """Of a method's actors or critics."""
+    return f"{runs[0].method}: {name}, {len(runs)} seed{'s' * (len(runs) > 1)}"
 
 
 def describe(runs: list[Run], name: str) -> str:
-    """The tables of an arm's actors or critics."""
+    """The tables of a method's actors or critics."""
     tasks, networks = runs[0].tasks, [run.networks[name] for run in runs]
     seeds = [f"seed {run.seed}" for run in runs]
     titles = ["mean", "chance", "95 % of chance", *seeds]
     pairs = compare_pairs(networks)
     rows = [[f"{tasks[i]}, {tasks[j]}", *own.cells()] for (i, j), own in pairs.items()]
-    text = f"\n## {title(runs, name)}\n\n" + table(["overlap of", *titles], rows)
+    text = f"\n## {title(runs, name)}\n\n" + table(["overlap of", *titles], rows) + "\n"
     marked = sum(own.mark == "*" for own in pairs.values())
     text += f"\n{marked} of {len(pairs)} pairs are outside the 95 % range of chance. "
     reached = ", ".join(str(n.reached) for n in networks)
@@ -300,7 +298,7 @@ def describe(runs: list[Run], name: str) -> str:
         counts = [f"{count:.0f}" for count in np.mean(counts, axis=0)]
         rows.append([tasks[task], *counts, *own.cells()])
     counted = ["hidden neurons with an output", "features connected", "features read"]
-    text += table(["head", *counted, "alone: mean", *titles[1:]], rows)
+    text += table(["head", *counted, "alone: mean", *titles[1:]], rows) + "\n"
     if networks[0].shares is not None:
         text += describe_experts(tasks, np.array([n.shares for n in networks]), seeds)
     return text
@@ -318,20 +316,20 @@ def describe_experts(tasks: tuple[str, ...], shares: np.ndarray, seeds: list[str
             own = [" ".join(f"{share:.2f}" for share in seed[task]) for seed in shares]
             own = own if each is shares else [""] * len(own)
             rows.append([name, f"{largest[task]:.2f}", f"{effective[task]:.2f}", *own])
-    return EXPERTS + table(["task", "largest share", "effective number", *seeds], rows)
+    return EXPERTS + table(["task", "largest share", "effective number", *seeds], rows) + "\n"
 
 
-def plot(arms: list[list[Run]], path: Path) -> None:
-    """A heat map for each arm's actors and critics, in which every pair of tasks is a cell."""
-    side = max(len(runs[0].tasks) for runs in arms) - 1
-    abreast = 2 if len(arms) > 2 else 1  # arms
-    rows = math.ceil(len(arms) / abreast)
+def plot(methods: list[list[Run]], path: Path) -> None:
+    """A heat map for each method's actors and critics, in which every pair of tasks is a cell."""
+    side = max(len(runs[0].tasks) for runs in methods) - 1
+    abreast = 2 if len(methods) > 2 else 1  # methods
+    rows = math.ceil(len(methods) / abreast)
     size = 2 * abreast * (0.55 * side + 1.3) + 0.8, rows * (0.45 * side + 1.3) + 0.6  # inches
     figure, axes = plt.subplots(
         rows, 2 * abreast, figsize=size, squeeze=False, layout="constrained"
     )
     font = dict(fontsize=FONT_SIZE)
-    panels = list(itertools.product(arms, ("actor", "critic")))
+    panels = list(itertools.product(methods, ("actor", "critic")))
     compared = [compare_pairs([run.networks[name] for run in runs]) for runs, name in panels]
     limit = max(abs((p.observed - p.chance).mean()) for pairs in compared for p in pairs.values())
     limit = max(limit, 0.05)  # lest noise looks like much
@@ -361,9 +359,9 @@ def plot(arms: list[list[Run]], path: Path) -> None:
 
 
 def subnetworks(args: Args) -> None:
-    """Print the tables of all arms, and write them with a figure."""
-    arms, left_out = read_runs(args.runs)
-    text = TEXT + "".join(describe(runs, name) for runs in arms for name in runs[0].networks)
+    """Print the tables of all methods, and write them with a figure."""
+    methods, left_out = read_runs(args.runs)
+    text = TEXT + "".join(describe(runs, name) for runs in methods for name in runs[0].networks)
     if left_out:
         text += "\n## Left out\n\n" + "".join(f"- {line}\n" for line in left_out)
     if args.out:
@@ -372,7 +370,7 @@ def subnetworks(args: Args) -> None:
             (args.out / "subnetworks.md").write_text(text + "\n![](subnetworks.png)\n")
         except OSError as error:
             fail(f"--out {args.out}: must be a folder to write to ({error.strerror})")
-        plot(arms, args.out / "subnetworks.png")
+        plot(methods, args.out / "subnetworks.png")
     print(text, end="")
 
 

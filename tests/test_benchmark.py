@@ -1,4 +1,4 @@
-"""Sweeps and reports: studies, kills, failing arms, statistics, what is left out."""
+"""Sweeps and reports: studies, kills, failing methods, statistics, what is left out."""
 
 import csv
 import fcntl
@@ -30,7 +30,7 @@ import mtsac_sparse_metaworld
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmark"))
 
-import archive  # noqa: E402
+import analyses  # noqa: E402
 import report  # noqa: E402
 import speed  # noqa: E402
 import sweep  # noqa: E402
@@ -39,109 +39,97 @@ STUDIES = sorted((ROOT / "benchmark" / "studies").glob("*.toml"))
 MT3 = ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
 
 
+def one_line_of_error(capsys, function, *args):
+    with pytest.raises(SystemExit) as ended:
+        function(*args)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
 # Statistics
 
 
 def test_iqm_by_hand():
-    assert report.iqm(np.array([[0.0], [1], [2], [3], [4], [5], [6], [100]])) == 3.5
-    # 2 seeds x 3 tasks: of six scores one is cut at each end
-    assert report.iqm(np.array([[0.0, 0.5, 0.9], [0.1, 0.6, 1.0]])) == pytest.approx(2.1 / 4)
-    # (timestep, seed, task) -> (timestep,)
-    assert report.iqm(np.array([[[0.0], [1]], [[2], [4]]])).tolist() == [0.5, 3]
+    assert report.iqm(np.array([0.0, 1, 2, 3, 4, 5, 60, 100])) == 3.5
+    # (timestep, run) -> (timestep,)
+    assert report.iqm(np.array([[0.0, 1], [2, 4]])).tolist() == [0.5, 3]
 
 
 def test_interval_by_hand():
     # The resamples of two seeds are 00, 01, 10, 11, with means 0, 1/2, 1/2, 1
-    assert report.interval(report.iqm, np.array([[0.0], [1.0]])).tolist() == [0, 1]
-    scores = np.array([[[0.0], [1]], [[2], [4]]])
-    assert report.interval(report.iqm, scores).T.tolist() == [[0, 1], [2, 4]]
+    assert report.interval(report.iqm, np.array([0.0, 1.0])).tolist() == [0, 1]
+    assert report.interval(report.iqm, np.array([[0.0, 1], [2, 4]])).T.tolist() == [[0, 1], [2, 4]]
+    assert report.interval(report.iqm, np.array([0.1])) is None
 
 
 def test_interval_of_a_difference_against_every_resample():
-    ours, base = np.array([[0.3], [0.6], [0.8]]), np.array([[0.1], [0.2], [0.7]])
+    ours, base = np.array([0.3, 0.6, 0.8]), np.array([0.1, 0.2, 0.7])
     draws = [list(draw) for draw in itertools.product(range(3), repeat=3)]
     every = [ours[a].mean() - base[a].mean() for a in draws]  # 3 scores: none is cut
     difference = report.difference_of_iqms
     # From 3 seeds the percentiles are expanded to all there is: 27 resamples
     assert report.interval(difference, ours, base) == pytest.approx([min(every), max(every)])
-    assert report.interval(difference, ours[:1], base[:1]) is None
-    # The seeds of both arms are drawn together: what they share does not vary
+    # The seeds of both are drawn together: what they share does not vary
     assert report.interval(difference, base + 0.25, base) == pytest.approx(0.25)
 
 
-def test_a_stratified_interval_draws_the_seeds_of_each_task_apart():
-    # Every resample keeps both tasks, and the seeds of a task agree: nothing can vary
-    same = np.array([[0.2, 0.8]] * 4)
-    assert report.interval(report.iqm, same, stratified=True) == pytest.approx(0.5)
-    scores = np.array([[0.1, 0.5], [0.4, 0.6], [0.9, 0.8]])
-    draws = list(itertools.product(range(3), repeat=3))
-    every = [
-        report.iqm(np.stack([scores[list(a), 0], scores[list(b), 1]], axis=1))
-        for a, b in itertools.product(draws, draws)
-    ]
-    expected = np.quantile(every, (0.025, 0.975))
-    assert report.interval(report.iqm, scores, stratified=True) == pytest.approx(expected, abs=0.03)
-
-
-def test_an_interval_draws_whole_runs():
-    scores = np.array([[0.1, 0.5], [0.4, 0.6], [0.9, 0.8]])
-    every = [report.iqm(scores[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
-    assert report.interval(report.iqm, scores) == pytest.approx([min(every), max(every)])
-    # A task that repeats another adds no runs: 8 seeds, of which 2 or 4 of 16 are cut at each end
-    one = np.random.default_rng(0).random((8, 1))
-    two = np.repeat(one, 2, axis=1)
-    assert (report.interval(report.iqm, one) == report.interval(report.iqm, two)).all()
-    assert report.seeds_to_tell(one, one[::-1]) == report.seeds_to_tell(two, two[::-1])
-    assert np.ptp(report.interval(report.iqm, two, stratified=True)) < 0.8 * np.ptp(
-        report.interval(report.iqm, two)
-    )
-
-
 def test_an_interval_of_few_seeds_holds_the_truth_in_95_percent():
-    scores, held = np.random.default_rng(0).normal(size=(600, 6, 1)), {False: 0, True: 0}
-    for stratified in held:  # of one task, the two differ in their percentiles alone
-        for own in scores:
-            low, high = report.interval(
-                lambda x: x.mean((-2, -1)), own, resamples=1000, stratified=stratified
-            )
-            held[stratified] += low <= 0 <= high
-    assert held[False] / 600 == pytest.approx(0.95, abs=0.03) and held[True] / 600 < 0.9
-
-
-def test_one_seed_has_no_interval():
-    assert report.interval(report.iqm, np.array([[0.1, 0.2, 0.3]])) is None
+    held = 0
+    for scores in np.random.default_rng(0).normal(size=(600, 6)):
+        low, high = report.interval(report.iqm, scores, resamples=1000)
+        held += low <= 0 <= high
+    assert held / 600 == pytest.approx(0.95, abs=0.03)
 
 
 def test_probability_of_improvement_by_hand():
-    ours, base = np.array([[0.5, 0.0], [0.9, 0.0]]), np.array([[0.5, 1.0], [0.7, 0.0], [0.1, 0.0]])
-    # First task: 0.5 wins once and ties once, 0.9 wins thrice; second: 0.0 ties twice, and again
-    expected = ((1.5 + 3) / 6 + (1 + 1) / 6) / 2
-    assert report.probability_of_improvement(ours, base) == pytest.approx(expected)
-    assert report.probability_of_improvement(base, ours) == pytest.approx(1 - expected)
-    u = [scipy.stats.mannwhitneyu(ours[:, i], base[:, i]).statistic / 6 for i in range(2)]
-    assert report.probability_of_improvement(ours, base) == pytest.approx(np.mean(u))
-    every = [
-        report.probability_of_improvement(ours[[a, b]], base[[a, b]])
-        for a, b in itertools.product(range(2), repeat=2)
-    ]
-    limits = report.interval(report.probability_of_improvement, ours, base[:2])
-    assert limits == pytest.approx([min(every), max(every)]) and min(every) < max(every)
+    ours, base = np.array([0.5, 0.9]), np.array([0.5, 0.7, 0.1])
+    # 0.5 wins once and ties once, 0.9 wins thrice
+    assert report.probability_of_improvement(ours, base) == pytest.approx((1.5 + 3) / 6)
+    assert report.probability_of_improvement(base, ours) == pytest.approx(1.5 / 6)
+    u = scipy.stats.mannwhitneyu(ours, base).statistic / 6
+    assert report.probability_of_improvement(ours, base) == pytest.approx(u)
 
 
-def test_seeds_to_tell_a_gain_of_normal_scores():
+def test_the_swap_test_against_scipy():
+    rng = np.random.default_rng(0)
+    for seeds, random in ((6, 0), (16, 0.005)):  # all swaps, and random ones
+        ours, base = rng.random((2, seeds)) + np.array([[0.3], [0.0]])
+        expected = scipy.stats.permutation_test(
+            (ours, base),
+            lambda x, y, axis: (
+                scipy.stats.trim_mean(x, 0.25, axis) - scipy.stats.trim_mean(y, 0.25, axis)
+            ),
+            **dict(permutation_type="samples", vectorized=True, n_resamples=2**seeds),
+        ).pvalue
+        found = report.swap_test(report.difference_of_iqms, ours, base)
+        assert 0 < expected < 0.9 and found == pytest.approx(expected, abs=random or 1e-9)
+    assert report.swap_test(report.probability_of_improvement, ours, ours, 0.5) == 1
+
+
+def test_five_seeds_cannot_show_a_gain_and_six_can():
+    for seeds, p, words in ((5, 2 / 32, "5 seeds cannot show it"), (6, 2 / 64, "significant")):
+        scores = np.arange(seeds) / 100
+        assert report.swap_test(report.difference_of_iqms, scores + 1, scores) == p
+        assert report.verdict(p, seeds) == words
+    assert report.verdict(0.05, 6) == "not significant"
+
+
+def test_seeds_needed_to_show_a_gain_of_normal_scores():
     """The middle half's mean of n normal scores has the variance s^2 / (0.83 n)."""
     rng, s = np.random.default_rng(1), 0.2
-    scores, base = rng.normal(0.5, s, (5000, 1)), rng.normal(0.8, s, (5000, 1))
-    assert report.seeds_to_tell(scores, scores + 0.3) == "5"  # what the arms share does not count
-    expected = (1.96 + 0.84) ** 2 * 2 * s**2 / 0.83 / 0.1**2  # 76
-    assert abs(int(report.seeds_to_tell(scores, base)) - expected) <= 10
-    assert report.seeds_to_tell(base / 100, base / 100) == "5"
-    # Draws from 3 runs have 2/3 of the variance that the runs themselves estimate
-    few, zero = np.array([[0.35], [0.5], [0.65]]), np.zeros((3, 1))
-    many = np.repeat(few, 1000, axis=0)  # the same draws, uncorrected
-    ratio = int(report.seeds_to_tell(few, zero)) / int(report.seeds_to_tell(many, 0 * many))
-    assert ratio == pytest.approx(1.5, abs=0.25)
-    assert report.seeds_to_tell(scores[:2], base[:2]) == "-"
+    needed = (1.96 + 0.84) ** 2 * 2 * s**2 / 0.83 / 0.1**2  # 76
+    scores, base = rng.normal(0.5, s, (2, 500))
+    found, low, high = map(int, re.findall(r"\d+", report.seeds_needed(scores, base)))
+    assert abs(found - needed) <= 10 and low < found < high
+    assert report.seeds_needed(scores, scores + 0.3) == "6 (6 to 6)"  # what they share is no spread
+    assert report.seeds_needed(10 * scores[:5], base[:5]) == "over 500 (over 500 to over 500)"
+    held = 0  # ten seeds say so little that their interval is wide, and holds the number
+    for own in rng.normal(0.5, s, (100, 2, 10)):
+        _, low, high = re.findall(r"(?:over )?\d+", report.seeds_needed(*own))
+        held += int(low) <= needed and ("over" in high or int(high) >= needed)
+    assert held >= 85
 
 
 def test_spearman_by_hand():
@@ -158,16 +146,8 @@ def test_interval_of_a_correlation_against_every_resample():
     x, y = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 3, 1, 5, 4])
     draws = (np.array(draw) for draw in itertools.product(range(5), repeat=5))
     every = [scipy.stats.spearmanr(x[d], y[d]).statistic for d in draws if len(set(d)) > 1]
-    text = report.describe_correlation(x, y)
-    numbers = [float(number) for number in re.findall(r"-?\d\.\d\d", text)]
-    assert numbers == pytest.approx([0.6, *np.quantile(every, (0.025, 0.975))], abs=0.13)
-
-
-def test_success_rates_are_averaged_over_tasks_first():
-    scores = np.array([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
-    run = report.Run(Path(), measure="success_rate")
-    assert report.units(scores, run).tolist() == [[0.5], [0.25]]
-    assert report.units(scores, report.Run(Path(), measure="normalized_return")) is scores
+    numbers = re.findall(r"-?\d\.\d\d", report.describe_correlation(x, y))
+    assert [float(number) for number in numbers] == pytest.approx([0.6, min(every), max(every)])
 
 
 # Reports
@@ -177,7 +157,7 @@ GMP = ("GMP", "mtppo_gmp.py", "")
 
 def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None, unit=1, **flags):
     """The log of a run of 400 units of timesteps and two evaluations; scores are MT3's."""
-    defaults = dict(benchmark="MT3", total_timesteps=400 * unit)
+    defaults = dict(benchmark="MT3", total_timesteps=400 * unit, num_steps=min(100 * unit, 2000))
     args = mtppo_gmp.Args(**defaults | flags)
     with SummaryWriter(str(folder), purge_step=purge) as writer:
         if not purge:
@@ -185,11 +165,11 @@ def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None
             writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
         for step in range(purge or 100 * unit, until * unit + 1, 100 * unit):
             writer.add_scalar("sparsity/actor", args.sparsity, step)
-            if step == 100 * unit:  # no evolution follows the last update
+            if step == 100 * unit:  # no update of masks follows the last update
                 writer.add_scalar("sparsity/actor_grown_kept", 0.5, step)
             writer.add_scalar("sparsity/actor/conv1", 0.5, step)
             writer.add_scalar("losses/explained_variance", float("nan"), step)
-            for i, name in enumerate([*report.CURVES, "critic_effective_rank"]):
+            for i, name in enumerate(report.METRICS):
                 value = step * (i + args.seed + np.nansum(scores)) / unit / 1000
                 writer.add_scalar(
                     f"plasticity/{name}", float("nan") if step == nan_at else value, step
@@ -201,190 +181,204 @@ def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None
     return folder
 
 
-def write_report(out, *runs, **changes):
-    report.report(report.Args(runs=runs, out=out, **changes))
+def write_report(out, *runs, results=Path("none"), **changes):
+    report.report(report.Args(runs=runs, out=out, results=results, **changes))
     return (out / "report.md").read_text()
 
 
-def test_report_of_two_arms(tmp_path, capsys):
+def rows_of(text):
+    """(first two cells of a row of a table, number of the table) -> the cells that follow."""
+    rows, table = {}, 0
+    for line in re.findall(r"^\|.*\|$", text, re.M):
+        cells = line.strip("| ").split(" | ")
+        table += line.startswith("| ---")
+        rows.setdefault((*cells[:2], table), cells[2:])
+    return rows
+
+
+def test_report_of_two_methods(tmp_path, capsys):
     for seed, shift in ((1, 0.0), (2, 0.3)):
-        scores = [x + shift for x in (0.5, 0.55, 0.6)]
+        scores = [x + shift for x in (0.5, 0.5, 0.65)]
         common = dict(seed=seed, unit=1000)
         write_log(tmp_path / "runs" / f"gmp{seed}", scores=scores, **common)
         write_log(tmp_path / "runs" / f"dense{seed}", sparsity=0, scores=(0.1, 0.1, 0.1), **common)
-        write_log(tmp_path / "runs" / f"late{seed}", sparsity=0.9, critic_epochs=8, **common)
+        write_log(tmp_path / "runs" / f"late{seed}", sparsity=0.9, gamma=0.5, **common)
     text = write_report(tmp_path / "out", tmp_path / "runs")
-    # One of six is cut at each end: the mean of 0.55, 0.6, 0.8, 0.85
-    row = r"^\| MT3 \| MTPPO GMP \| 2 \| 400000 \| 0\.70 \(0\.\d\d, 0\.\d\d\) "
-    assert re.search(row, text, re.M)
-    paper = "0.77 (0.73, 0.80) | yes |"
-    assert paper in text and text.index("MTPPO dense") < text.index("MTPPO GMP")
-    assert "| MTPPO dense | 2 | 400000 | 0.10 (0.10, 0.10) | 0.70 (0.60, 0.76) | no |" in text
-    # The first evaluation has half the scores of the second: their IQM is 0.525. The metrics are
-    # 0.4 x (i + seed + sum of the scores) at the end, on average 0.4 x (i + 3.6)
-    row = r"GMP \| MTPPO dense \| 0\.60 \(0\.45, 0\.75\) \| 0\.45 \(0\.34, 0\.56\) \| "
-    row += r"1\.00 \(1\.00, 1\.00\) \| - \| 0\.5[23] \| 0\.55, 0\.85 \| 0\.70 \| 144\.0 / "
-    assert re.search(row, text) and "| 144.0 / 184.0 % | 2 / 3 | 2.64 |" in text
-    assert re.search(
-        r"MTPPO dense \| - \| - \| - \| - \| - \| 0\.0[78] \| 0\.10, 0\.10 \| 0\.10 \|", text
-    )
+    rows = rows_of(text)
+    dense, gmp, late = ("MT3", "MTPPO dense"), ("MT3", "MTPPO GMP"), ("MT3", "MTPPO GMP 0.9")
+    assert text.index("MTPPO dense") < text.index("MTPPO GMP")
+    assert rows[*dense, 1] == "2;400000;0.10 (0.10, 0.10);0.70 (0.60, 0.76);-;-;-;-".split(";")
+    ours = "2;400000;0.70 (0.55, 0.85);0.77 (0.73, 0.80);MTPPO dense;0.60 (0.45, 0.75);0.500"
+    assert rows[*gmp, 1] == [*ours.split(";"), "2 seeds cannot show it"]
     # Another experiment than the paper's has no figure of the paper's next to it
-    assert "| MTPPO GMP 0.9 | 2 | 400000 | 0.60 (0.60, 0.60) | - | - |" in text
+    assert rows[*late, 1][2:4] == ["0.60 (0.60, 0.60)", "-"]
+    assert "- MTPPO GMP against MTPPO dense: `sparsity` 0.95, not 0\n" in text
+    assert "0.9 against MTPPO dense: `gamma` 0.5, not 0.99; `sparsity` 0.9, not 0\n" in text
+    # The first evaluation has half the scores of the second: their means are 0.4125 and 0.6375
+    assert rows[*gmp, 2][:2] == ["0.55, 0.85", "0.70"]
+    assert rows[*gmp, 2][3:6] == ["0.45 (0.34, 0.56)", "0.500", "1.00 (1.00, 1.00)"]
+    # The metrics are 0.4 x (i + seed + sum of the scores) at the end, so 0.4 x (i + 3.6) on average
+    assert rows[*gmp, 3] == ["144.0 / 184.0 %", "2 / 3", "3.04"]
+    assert rows[*gmp, 4][1] == "72.00 (-156.71, 300.71) %, p 0.500"
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
-    names = "learning_curves final_returns performance_profile plasticity dormancy_return".split()
+    names = "learning_curves final_returns plasticity dormancy_return".split()
     assert all(f"![]({name}.png)" in text for name in names)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        *("report.md", "results.csv"),
-        *(f"{name}.png" for name in names),
-    }
+    files = {"report.md", "results.csv", "arguments.json", *(f"{name}.png" for name in names)}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == files
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
-    assert len(rows) == 3 * 2 * 2 * 3  # arms, seeds, evaluations, tasks
-    assert rows[0] == dict(
-        **dict(arm="MTPPO dense", benchmark="MT3", seed="1", timestep="200000", task="LavaGapS7"),
-        **dict(normalized_return="0.05", actor_dormant_ratio="0.26", critic_dormant_ratio="0.46"),
-        **dict(actor_effective_rank="0.66", critic_effective_rank="1.06", fisher_trace="0.86"),
+    assert len(rows) == 3 * 2 * 2  # methods, seeds, evaluations
+    assert rows[0] == {
+        **dict(method="MTPPO dense", run="dense1", benchmark="MT3", seed="1", timestep="200000"),
+        **{f"normalized_return/{task}": "0.05" for task in MT3},
+        **dict(actor_dormant_ratio="0.26", critic_dormant_ratio="0.46", fisher_trace="1.06"),
+        **dict(actor_effective_rank="0.66", critic_effective_rank="0.86"),
         **dict(actor_sparsity="0", actor_grown_kept="0.5"),
-    )
+    }
     earlier = write_report(tmp_path / "earlier", tmp_path / "runs", timestep=200_000)
-    assert "| MTPPO dense | 2 | 200000 | 0.05 (0.05, 0.05) | - | - |" in earlier
+    assert rows_of(earlier)[*dense, 1][1:4] == ["200000", "0.05 (0.05, 0.05)", "-"]
 
 
-def test_an_arm_is_compared_with_the_one_that_its_study_names(tmp_path):
-    arms = dict(dense="sparsity = 0", early="prune-start = 0.0", late="prune-start = 0.1")
-    arms = [(name, "mtppo_gmp.py", flags) for name, flags in arms.items()]
-    study = study_file(tmp_path / "study.toml", *arms, seeds="[1, 2, 3]")
+def test_a_method_is_compared_with_the_one_that_its_study_names(tmp_path):
+    flags = dict(dense="sparsity = 0", early="prune-start = 0.0", late="prune-start = 0.1")
+    methods = [(name, "mtppo_gmp.py", own) for name, own in flags.items()]
+    study = study_file(tmp_path / "study.toml", *methods, seeds="[1, 2, 3]")
     study.write_text(study.read_text() + 'against = "early"\n')
     for plan in sweep.read_study(study, tmp_path / "runs"):
-        score = dict(dense=0.1, early=0.5, late=0.8)[plan.arm] + 0.05 * plan.seed
+        score = dict(dense=0.1, early=0.5, late=0.8)[plan.method] + 0.05 * plan.seed
         own = dict(dense=dict(sparsity=0), early=dict(prune_start=0.0), late=dict(prune_start=0.1))
-        write_log(plan.folder, scores=[score] * 3, seed=plan.seed, **own[plan.arm])
-    text = write_report(tmp_path / "out", study, runs_dir=tmp_path / "runs")
-    assert "| MT3 | early | dense | 0.40 (0.40, 0.40) | 0.30 (0.30, 0.30) |" in text
-    assert "| MT3 | late | early | 0.30 (0.30, 0.30) | 0.2" in text
+        write_log(plan.folder, scores=[score] * 3, seed=plan.seed, **own[plan.method])
+
+    def gains(out):
+        rows = rows_of(write_report(out, study, runs_dir=tmp_path / "runs"))
+        differences = {own[2]: own for own in rows if own[2] == 4}
+        found = [rows["MT3", name, 1][4:6] for name in ("early", "late")]
+        return found, rows["MT3", "late", 4][:2] if differences else None
+
     # 400 / 1000 of the sum of three scores apart in every seed
-    assert "| MT3 | late | early | 36.00 (36.00, 36.00) % |" in text
+    gain, metric = (
+        [["dense", "0.40 (0.40, 0.40)"], ["early", "0.30 (0.30, 0.30)"]],
+        ["early", "36.00 (36.00, 36.00) %, p 0.250"],
+    )
+    assert gains(tmp_path / "out") == (gain, metric)
     # Without early's first seed, late and dense are compared with it over the other two
-    first, *_ = sorted((tmp_path / "runs").glob("*=0.0__*"))
+    first, second, _ = sorted((tmp_path / "runs").glob("*=0.0__*"))
     shutil.rmtree(first)
-    fewer = write_report(tmp_path / "fewer", study, runs_dir=tmp_path / "runs")
-    assert "| MT3 | early | dense | 0.40 (0.40, 0.40) |" in fewer
-    assert "| MT3 | late | early | 0.30 (0.30, 0.30) |" in fewer
-    assert "| MT3 | late | early | 36.00 (36.00, 36.00) % |" in fewer
-    second, _ = sorted((tmp_path / "runs").glob("*=0.0__*"))
+    assert gains(tmp_path / "fewer") == (gain, ["early", "36.00 (36.00, 36.00) %, p 0.500"])
     shutil.rmtree(second)  # one seed in common is no comparison
-    alone = write_report(tmp_path / "alone", study, runs_dir=tmp_path / "runs")
-    assert "| MT3 | late | - | - |" in alone and "| MT3 | early | - | - |" in alone
-    without = write_report(tmp_path / "without", *(tmp_path / "runs").glob("*=0.1__*"))
-    assert "No two arms of two seeds." in without
+    assert gains(tmp_path / "alone") == ([["-", "-"]] * 2, None)
 
 
 RESULTS = sorted(path.parent for path in (ROOT / "benchmark" / "results").glob("*/results.csv"))
-METRICS = ["actor_dormant_ratio", "critic_dormant_ratio", "actor_effective_rank"]
-METRICS += ["critic_effective_rank", "fisher_trace"]
-UNITS, ERRORS = (100, 100, 1, 1, 1), (0.051, 0.051, 0.51, 0.51, 0.051)
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
 def test_the_committed_reports_follow_from_their_results(folder):
+    """By plain sums over the rows of results.csv."""
+
     def middle(scores):
         cut = len(scores) // 4
         return sum(sorted(scores)[cut : len(scores) - cut]) / (len(scores) - 2 * cut)
 
-    text = (folder / "report.md").read_text()
-    shown = (folder.parent / "README.md").read_text().splitlines()
-    curves, score = {}, "normalized_return"
+    def close(shown, value, error):
+        assert float(re.match(r"-?[\d.]+", shown)[0]) == pytest.approx(value, abs=error)
+
+    runs = {}  # (benchmark, method) -> seed -> rows
     with open(folder / "results.csv") as file:
         for row in csv.DictReader(file):
-            values = {name: float(row[name]) for name in (score, *METRICS)}
-            run = curves.setdefault((row["benchmark"], row["arm"]), {}).setdefault(row["seed"], {})
-            run.setdefault(row["task"], []).append(values)
-    first = {}  # architecture -> its first arm
-    for _, arm in curves:
-        first.setdefault(arm.split()[0], arm)
+            own = runs.setdefault((row["benchmark"], row["method"]), {})
+            own.setdefault(int(row["seed"]), []).append(row)
 
-    def seed_by_seed(arm, base):
-        """The runs of two arms, of the seeds that both have."""
-        ours, theirs = curves[row["benchmark"], arm], curves[row["benchmark"], base]
-        return [[run[seed] for seed in ours if seed in theirs] for run in (ours, theirs)]
+    def scores(own, seeds, evaluations=1):
+        found = []
+        for seed in seeds:
+            tasks = [[float(x) for k, x in row.items() if "/" in k and x] for row in own[seed]]
+            found.append(np.mean([sum(x) / len(x) for x in tasks[-evaluations:]]))
+        return found
 
-    names, rows = [], []
-    for line in text.splitlines():
-        cells = line.strip("| ").split(" | ")
-        names = cells if line.startswith("| benchmark") else names
-        if line.startswith("| MT"):
-            rows.append(dict(zip(names, cells, strict=True)))
-    compared = len(curves) - len(first) if "Plasticity above" in text else 0
-    assert len(rows) == 2 * len(curves) + compared
-    for row in rows:
-        runs = [list(tasks.values()) for tasks in curves[row["benchmark"], row["arm"]].values()]
-        ends = [[task[-1][score] for task in run] for run in runs]
-        level = middle([x for run in ends for x in run])
-        if "seeds" in row:
-            limits = report.interval(report.iqm, np.array(ends), stratified=True)
-            interval = "{:.2f}, {:.2f}".format(*limits)
-            assert row["seeds"] == str(len(runs))
-            assert row["IQM (95 % interval)"] == f"{level:.2f} ({interval})"
-            assert f"| {' | '.join(row.values())} |" in shown
-            continue
-        if "late" not in row:
-            names = list(row)[3:]
-            for name, metric, unit in zip(names, METRICS, UNITS, strict=True):
-                ours, base = (
-                    np.array([unit * next(iter(run.values()))[-1][metric] for run in arm])
-                    for arm in seed_by_seed(row["arm"], row["against"])
-                )
-                n = len(ours)
-                half = scipy.stats.t.ppf(0.975, n - 1) * (ours - base).std(ddof=1) / n**0.5
-                expected = ours.mean() - base.mean() + half * np.array([0, -1, 1])
-                shown = [float(number) for number in re.findall(r"-?[\d.]+", row[name])]
-                assert shown == pytest.approx(expected, abs=0.011 if unit == 100 else 0.51)
-            continue
-        against = first[row["arm"].split()[0]]
-        if row.get("against", "-") != "-":
-            against = row["against"]
-        for name, statistic, tail in (
-            ("gain", report.difference_of_iqms, 1),
-            ("late gain", report.difference_of_iqms, 5),
-            ("probability of improvement", report.probability_of_improvement, 1),
-        ):
-            ours, base = (
-                np.array(
-                    [
-                        [np.mean([x[score] for x in task[-tail:]]) for task in run.values()]
-                        for run in arm
-                    ]
-                )
-                for arm in seed_by_seed(row["arm"], against)
+    text = (folder / "report.md").read_text()
+    rows = rows_of(text)
+    assert len(re.findall(r"^\| MT.*\|$", text, re.M)) == sum(own[0][:2] == "MT" for own in rows)
+    assert {own[:2] for own in rows if own[2] == 1 and own[0][:2] == "MT"} == runs.keys()
+    for (benchmark, method), own in runs.items():
+        seeds, timestep, level, _, against, gain, *_ = rows[benchmark, method, 1]
+        ends = scores(own, own)
+        assert (seeds, timestep) == (str(len(own)), next(iter(own.values()))[-1]["timestep"])
+        close(level, middle(ends), 0.00501)
+        each, mean, late, late_gain, *_ = rows[benchmark, method, 2]
+        assert each == ", ".join(f"{score:.2f}" for score in ends)
+        close(mean, np.mean(ends), 0.00501)
+        close(late, middle(scores(own, own, 5)), 0.00501)
+        last = {k: np.mean([float(run[-1][k]) for run in own.values()]) for k in report.METRICS}
+        shown = re.findall(r"[\d.]+", " ".join(rows[benchmark, method, 3]))
+        for number, (name, value) in zip(shown, last.items(), strict=True):
+            close(
+                number,
+                100 * value if "dormant" in name else value,
+                0.51 if "rank" in name else 0.0501,
             )
-            values = statistic(ours, base), *report.interval(statistic, ours, base)
-            text = "{:.2f} ({:.2f}, {:.2f})".format(*values)
-            assert row.get(name, text) == ("-" if against == row["arm"] and name in row else text)
-        seeds = [sum(run) / len(run) for run in ends]
-        late = middle([sum(row[score] for row in task[-5:]) / 5 for run in runs for task in run])
-        assert row["late"] == f"{late:.2f}"
-        assert row["score of each seed"] == ", ".join(f"{seed:.2f}" for seed in seeds)
-        assert row["their mean"] == f"{sum(seeds) / len(seeds):.2f}"
-        cells = row["dormant"], row["effective rank"], row["Fisher trace"]
-        numbers = [float(number) for number in re.findall(r"[\d.]+", " ".join(cells))]
-        for number, metric, unit, error in zip(numbers, METRICS, UNITS, ERRORS, strict=True):
-            mean = sum(run[0][-1][metric] for run in runs) / len(runs)
-            assert number == pytest.approx(unit * mean, abs=error)
+        if against == "-":
+            continue
+        base = runs[benchmark, against]
+        both = [seed for seed in own if seed in base]
+        for shown, n in ((gain, 1), (late_gain, 5)):
+            close(shown, middle(scores(own, both, n)) - middle(scores(base, both, n)), 0.00501)
+        for shown, name in zip(rows[benchmark, method, 4][1:], report.METRICS, strict=True):
+            x = [float(own[s][-1][name]) - float(base[s][-1][name]) for s in both]
+            half = scipy.stats.t.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / len(x) ** 0.5
+            numbers = re.findall(r"-?[\d.]+", shown)[:3]
+            for number, value in zip(numbers, (0, -half, half), strict=True):
+                value, unit = (
+                    np.mean(x) + value,
+                    (100, 0.00501) if "dormant" in name else (1, 0.501),
+                )
+                close(number, unit[0] * value, unit[1])
+
+
+def test_results_stand_for_their_run_folders(tmp_path, capsys):
+    """A report and a sweep take from results.csv what it has, and the rest from run folders."""
+    study = study_file(
+        tmp_path / "study.toml", GMP, ("dense", "mtppo_gmp.py", "sparsity = 0"), seeds="[1, 2]"
+    )
+    plans, results = sweep.read_study(study, tmp_path / "runs"), tmp_path / "results"
+
+    def report_of(name):
+        return write_report(results / name, study, runs_dir=tmp_path / "runs", results=results)
+
+    def files(name):
+        return {path.name: path.read_bytes() for path in (results / name).iterdir()}
+
+    for plan in plans[:3]:
+        sparsity = 0.95 * (plan.method == "GMP")
+        write_log(
+            plan.folder, seed=plan.seed, scores=(0.1 * plan.seed, 1 / 3, 2 / 3), sparsity=sparsity
+        )
+    half = report_of("a")
+    assert (
+        "- dense on MT3, seed 2: not started" in half and rows_of(half)["MT3", "GMP", 1][0] == "2"
+    )
+    shutil.rmtree(tmp_path / "runs")
+    assert report_of("b") == half and files("a") == files("b")
+    assert sweep.archived_runs(results) == {plan.folder.name for plan in plans[:3]}
+    write_log(plans[3].folder, seed=2, sparsity=0.0)
+    shutil.rmtree(results / "b")
+    assert rows_of(report_of("a"))["MT3", "dense", 1][0] == "2"
+    rows = (results / "a" / "results.csv").read_text()
+    fewer = study_file(tmp_path / "fewer.toml", GMP, seeds="[1]")
+    args = report.Args((fewer,), results / "a", results=results)
+    capsys.readouterr()
+    lost = one_line_of_error(capsys, report.report, args)
+    assert "results.csv: holds MT3__mtppo_gmp__default__2, which is not in this report" in lost
+    assert (results / "a" / "results.csv").read_text() == rows
 
 
 def test_a_run_with_nan_is_named_and_never_averaged_in(tmp_path):
-    write_log(tmp_path / "good1", seed=1)
-    write_log(tmp_path / "good2", seed=2)
-    for name, wrong in (
-        ("bad", dict(scores=(0.9, float("nan"), 0.9))),
-        ("worse", dict(nan_at=200)),
-    ):
-        write_log(tmp_path / name, seed=3, **wrong)
+    for seed in (1, 2):
+        write_log(tmp_path / f"good{seed}", seed=seed)
+    write_log(tmp_path / "bad", seed=3, scores=(0.9, float("nan"), 0.9))
+    write_log(tmp_path / "worse", seed=3, nan_at=200)
     text = write_report(tmp_path / "out", tmp_path)
     assert "| MTPPO GMP | 2 | 400 | 0.60 (0.60, 0.60) |" in text
-    assert (
-        "- bad: NaN or infinity in eval/normalized_return/RedBlueDoors-6x6 from timestep 200"
-        in text
-    )
+    assert "- bad: NaN or infinity in eval/normalized_return/RedBlueDoors-6x6 from" in text
     assert "- worse: NaN or infinity in plasticity/" in text
     assert "nan" not in (tmp_path / "out" / "results.csv").read_text()
 
@@ -393,24 +387,18 @@ def test_a_half_finished_run_is_named_and_left_out_until_it_ends(tmp_path):
     write_log(tmp_path / "whole", seed=1)
     write_log(tmp_path / "half", seed=2, until=300)
     text = write_report(tmp_path / "out", tmp_path)
-    assert "- half: incomplete: at timestep 300 of 400, evaluated at 200" in text
+    assert "- half: incomplete: evaluated until timestep 200 of 400" in text
     assert "| MTPPO GMP | 1 | 400 | 0.60 (no interval: 1 seed) |" in text
     time.sleep(1.1)  # logs are read in the order of their names, which hold the second
     write_log(tmp_path / "half", seed=2, purge=200, scores=(0.9, 0.9, 0.9))
-    assert "Nothing." in write_report(tmp_path / "again", tmp_path)
+    assert "\nNone.\n" in write_report(tmp_path / "again", tmp_path)
     rows = csv.DictReader((tmp_path / "again" / "results.csv").open())
-    resumed = [row["normalized_return"] for row in rows if row["seed"] == "2"]
-    assert resumed == ["0.45"] * 3 + ["0.9"] * 3  # not what the first process logged from 200 on
-
-
-def test_the_latest_measurement_stands_where_there_was_none():
-    assert [report.last_value({10: 1.0, 30: 3.0}, t) for t in (5, 10, 29, 30, 40)] == [
-        *(None, 1.0, 1.0, 3.0, 3.0)
-    ]
+    resumed = [row["normalized_return/LavaGapS7"] for row in rows if row["seed"] == "2"]
+    assert resumed == ["0.45", "0.9"]  # not what the first process logged from 200 on
 
 
 def test_figures_show_all_of_every_curve(tmp_path, monkeypatch):
-    """Panels of one figure whose values differ a thousandfold, and more arms than colours."""
+    """Panels of one figure whose values differ a thousandfold, more methods than colours."""
     figures = {}
     finish = report.finish
 
@@ -440,18 +428,18 @@ def test_figures_show_all_of_every_curve(tmp_path, monkeypatch):
     assert point.get_ydata() == pytest.approx(0.6)
 
 
-def test_arms_have_the_same_colour_in_every_report(tmp_path, monkeypatch):
-    """The paper's arms their own; without them, what is called like them."""
-    gmp = write_log(tmp_path / "gmp")
-    early = write_log(tmp_path / "early", prune_start=0.0)
-    fair = write_log(tmp_path / "fair", critic_epochs=8)
-    dense = write_log(tmp_path / "dense", sparsity=0)
+def test_methods_have_the_same_colour_in_every_report(tmp_path):
+    """The paper's methods their own; without them, what is called like them."""
+    gmp = write_log(tmp_path / "gmp", unit=1000)
+    early = write_log(tmp_path / "early", prune_start=0.0, unit=1000)
+    fair = write_log(tmp_path / "fair", critic_epochs=8, unit=1000)
+    dense = write_log(tmp_path / "dense", sparsity=0, unit=1000)
 
     def colours(*folders):
-        runs = [report.read_run(folder) for folder in folders]
+        runs = [report.read_log(folder) for folder in folders]
         for run, folder in zip(runs, folders, strict=True):
-            run.arm = dict(gmp="MTPPO GMP", dense="MTPPO dense").get(folder.name, "MTPPO GMP, x")
-            run.arm += " early" * (folder.name == "early")
+            names = dict(gmp="MTPPO GMP", dense="Dense, 5e-3", early="MTPPO GMP, early")
+            run.method = names.get(folder.name, "MTPPO GMP, x")
         report.choose_styles(runs)
         return [report.COLOURS.index(run.style["color"]) for run in runs]
 
@@ -459,60 +447,53 @@ def test_arms_have_the_same_colour_in_every_report(tmp_path, monkeypatch):
     assert colours(early, gmp) == [3, 1] and colours(early, fair, dense) == [1, 3, 0]
 
 
-def test_the_performance_profile_by_hand(tmp_path, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(report, "finish", lambda figure, path: figures.update({path.stem: figure}))
-    write_log(tmp_path / "a", scores=(0.2, 0.5, 0.9))
-    write_log(tmp_path / "b", scores=(0.0, 0.5, 1.0), seed=2)
-    write_report(tmp_path / "out", tmp_path)
-    [line] = figures["performance_profile"].axes[0].lines
-    share = dict(zip(line.get_xdata().round(2), line.get_ydata(), strict=True))
-    expected = {0: 5 / 6, 0.19: 5 / 6, 0.3: 4 / 6, 0.6: 2 / 6, 0.95: 1 / 6, 1: 0}
-    assert {level: share[level] for level in expected} == pytest.approx(expected)
-
-
-def test_dormancy_goes_with_the_score_of_the_same_run(tmp_path, monkeypatch):
-    """Arms of different length: a point is a run's own last evaluation."""
+def test_runs_of_unequal_length_are_not_compared(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(report, "describe_correlation", lambda x, y: seen.append((x, y)) or "")
-    write_log(tmp_path / "runs" / "dense", sparsity=0, scores=(0.1, 0.1, 0.1))
-    write_log(tmp_path / "runs" / "gmp", scores=(0.9, 0.9, 0.9), until=800, total_timesteps=800)
-    text = write_report(tmp_path / "out", tmp_path / "runs")
-    assert "| MTPPO GMP | 1 | 800 | 1.80 (" in text  # twice its scores, which are those at 400
-    (x, y), _ = seen
-    assert y == pytest.approx([0.1, 1.8]) and x == pytest.approx([0.4 * 1.3, 0.8 * 3.7])
+    monkeypatch.setattr(report, "describe_correlation", lambda x, y: seen.append((*x, *y)) or "")
+    for seed in (1, 2):
+        runs, scores = tmp_path / "runs", (0.1 * seed,) * 3
+        write_log(runs / f"dense{seed}", sparsity=0, seed=seed, scores=scores)
+        longer = dict(until=800, total_timesteps=800)
+        write_log(runs / f"gmp{seed}", seed=seed, scores=scores, **longer)
+    text = write_report(tmp_path / "out", runs)
+    # At 800, GMP has twice its scores; a panel shows runs of one length, at their own ends
+    assert rows_of(text)["MT3", "MTPPO GMP", 1] == "2;800;0.30 (0.20, 0.40);-;-;-;-;-".split(";")
+    assert seen[0] == pytest.approx((0.4 * 1.3, 0.4 * 2.6, 0.1, 0.2))
+    assert seen[2] == pytest.approx((0.8 * 1.3, 0.8 * 2.6, 0.2, 0.4))
+    same = write_report(tmp_path / "same", runs, timestep=400)
+    assert rows_of(same)["MT3", "MTPPO GMP", 1][4:6] == ["MTPPO dense", "0.00 (0.00, 0.00)"]
+    assert "`sparsity` 0.95, not 0; `total_timesteps` 800, not 400" in same
 
 
-def test_arms_are_called_by_their_arguments():
+def test_methods_are_called_by_their_arguments():
     def name(script, **flags):
         args = {k: str(v) for k, v in asdict(script.Args(**flags)).items()}
-        return report.paper_arm(args)[1]
+        return report.paper_method(args)[1]
 
     assert name(mtppo_gmp) == "MTPPO GMP" and name(mtppo_set) == "MTPPO SET"
     assert name(mtppo_gmp, sparsity=0) == "MTPPO dense"
     assert name(mtppo_gmp, sparsity=0.99) == "MTPPO GMP 0.99"
-    assert name(mtppo_gmp, sparsity=0, weight_decay=1e-6) == "MTPPO weight decay"
     assert name(mtppo_gmp, weight_decay=1e-6) == "MTPPO GMP + weight decay"
     assert name(mtppo_gmp, sparsity=0, layer_norm=True) == "MTPPO LayerNorm"
     assert name(mtppo_gmp, sparsity=0, redo_frequency=5000) == "MTPPO ReDo"
     assert name(mtppo_gmp, sparsity=0, reset_frequency=100_000) == "MTPPO Reset"
     assert name(mtppo_gmp, sparsity=0, weight_decay=0.1) == "MTPPO weight decay 0.1"
-    assert name(mtppo_gmp, sparsity=0, redo_frequency=100) == "MTPPO ReDo 100"
     assert name(mtppo_gmp, pcgrad=True) == "MTPPO GMP + PCGrad"
     assert name(moe_sparse) == "MoE GMP" and name(moe_sparse, sparsifier="none") == "MoE dense"
     assert name(moore_sparse, sparsifier="set") == "MOORE SET"
     mtsac = dict(sparsifier="gmp", sparsity="0.95", weight_decay="0.0")
-    names = [report.paper_arm(mtsac | dict(prune=p))[1] for p in ("none", "actor", "both")]
+    names = [report.paper_method(mtsac | dict(prune=p))[1] for p in ("none", "actor", "both")]
     assert names == ["MT-SAC dense", "MT-SAC GMP on the actor", "MT-SAC GMP on both"]
 
 
-def test_arms_of_one_name_are_told_apart_by_what_differs(tmp_path):
-    write_log(tmp_path / "a", prune_scope="layer")
-    write_log(tmp_path / "b", prune_scope="global")
-    write_log(tmp_path / "c", sparsity=0)
+def test_methods_of_one_name_are_called_by_what_differs(tmp_path):
+    for name, flags in dict(a=dict(prune_scope="layer"), b={}, c=dict(sparsity=0)).items():
+        write_log(tmp_path / name, **flags)
+    # Arguments without effect do not make another method
+    write_log(tmp_path / "d", sparsity=0, prune_scope="layer", seed=2)
     text = write_report(tmp_path / "out", tmp_path)
     assert "| MTPPO GMP, prune scope layer | 1 |" in text
-    assert "| MTPPO GMP, prune scope global | 1 |" in text and "| MTPPO dense | 1 |" in text
+    assert "| MTPPO GMP, prune scope global | 1 |" in text and "| MTPPO dense | 2 |" in text
 
 
 def test_tasks_of_ones_own_are_a_benchmark(tmp_path):
@@ -527,22 +508,13 @@ def test_studies_that_share_runs_count_them_once(tmp_path):
     for run in sweep.read_study(a, runs_dir):
         write_log(run.folder, seed=run.seed)
     text = write_report(tmp_path / "out", runs_dir, a, b, runs_dir=runs_dir)
-    assert "\n3 runs. " in text and "| one name | 3 |" in text and "| another | 3 |" in text
-    assert "MTPPO GMP" not in text and ", 3 runs" not in text.replace("equal", "")
-
-
-def one_line_of_error(capsys, function, *args):
-    with pytest.raises(SystemExit) as ended:
-        function(*args)
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-    return err
+    assert "on 3 runs\n" in text and "| one name | 3 |" in text and "| another | 3 |" in text
+    assert "MTPPO GMP" not in text and "(3 of at least 5 runs)" in text
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
     def error(*runs, **changes):
-        args = report.Args(runs=runs, out=tmp_path / "out", **changes)
+        args = report.Args(runs, tmp_path / "out", results=tmp_path / "none", **changes)
         return one_line_of_error(capsys, report.report, args)
 
     assert "no runs given" in error()
@@ -558,12 +530,8 @@ def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
     differ = error(study, runs_dir=tmp_path)
     assert "GMP: its runs must have the same arguments, they differ in ['prune_scope']" in differ
     assert not (tmp_path / "out").exists()
-
-
-def test_arguments_without_effect_do_not_make_two_arms(tmp_path):
-    write_log(tmp_path / "a", sparsity=0, prune_scope="layer", seed=1)
-    write_log(tmp_path / "b", sparsity=0, prune_scope="global", seed=2)
-    assert "| MTPPO dense | 2 |" in write_report(tmp_path / "out", tmp_path)
+    (tmp_path / "out").touch()
+    assert "--out" in error(a) and "must be a folder to write to" in error(a)
 
 
 CHANGES = [
@@ -591,68 +559,79 @@ def test_each_script_has_the_papers_arguments_by_default():
     assert known == (report.PAPER_ARGS | report.PPO_ARGS | report.SAC_ARGS).keys()
 
 
-def test_an_arm_of_many_flags_has_a_folder_of_a_short_name(tmp_path):
+def test_a_method_of_many_flags_has_a_folder_of_a_short_name(tmp_path):
     names = ("gamma", "gae-lambda", "clip-coef", "ent-coef", "actor-lr", "critic-lr", "redo-tau")
     flags = ", ".join(f"{name} = 0.{i}5{'1' * 30}" for i, name in enumerate(names, 1))
-    arm = "Many", "mtppo_gmp.py", flags
-    [run] = sweep.read_study(study_file(tmp_path / "study.toml", arm), tmp_path)
+    method = "Many", "mtppo_gmp.py", flags
+    [run] = sweep.read_study(study_file(tmp_path / "study.toml", method), tmp_path)
     assert re.fullmatch(r"MT3__mtppo_gmp__[0-9a-f]{16}__1", run.folder.name)
-    [again] = sweep.read_study(study_file(tmp_path / "study.toml", arm), tmp_path)
+    [again] = sweep.read_study(study_file(tmp_path / "study.toml", method), tmp_path)
     assert run == again  # the same in every process
     assert sum(word.startswith("--gamma=0.15") for word in run.flags) == 1
 
 
-# Archive and speed
+# Analyses
 
 
-def test_an_archive_gives_the_same_report_and_counts_as_complete(tmp_path, capsys):
-    study = study_file(tmp_path / "study.toml", GMP, seeds="[1, 2, 3]")
-    plans = sweep.read_study(study, tmp_path / "runs")
-    for plan in plans[:2]:
-        scores = (0.1 * plan.seed, 0.5, 0.7)
-        write_log(plan.folder, seed=plan.seed, scores=scores, prune_scope="global")
-        (plan.folder / "output.txt").write_text("mean  0.5\n\nsum  9.9  100.0%\n")
-    write_log(plans[2].folder, seed=3, until=200)  # cut off
-    (plans[2].folder / "output.txt").write_text("stopped at timestep 200\n")
-    for new in (2, 0):  # the second time, there is nothing to do
-        archive.archive(archive.Args(tmp_path / "runs", tmp_path / "logs"))
-        assert f"{new} runs archived, {2 - new} were" in capsys.readouterr().out
-    for folder in ("runs", "logs"):
-        write_report(tmp_path / f"{folder}_report", study, runs_dir=tmp_path / folder)
-    for name in ("results.csv", "report.md"):
-        text = (tmp_path / "runs_report" / name).read_text().replace("incomplete", "")
-        if name == "report.md":  # but for the run that was cut off
-            text = text[: text.index("## Left out")]
-        assert text in (tmp_path / "logs_report" / name).read_text()
-    shutil.rmtree(tmp_path / "runs")
-    shutil.copytree(tmp_path / "logs", tmp_path / "runs")
-    moved = sweep.read_study(study, tmp_path / "runs")
-    assert [sweep.printed_summary(run.folder) for run in moved] == ["0.5", "0.5", None]
-
-
-def test_a_report_to_a_read_only_file_system_is_refused(tmp_path, monkeypatch, capsys):
-    write_log(tmp_path / "a")
-
-    def read_only(*args, **others):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "touch", read_only)
-    with pytest.raises(SystemExit) as ended:
-        write_report(tmp_path / "out", tmp_path / "a")
-    assert ended.value.code == 2 and "(Read-only file system)" in capsys.readouterr().err
-
-
-def test_archive_and_speed_refuse_what_they_cannot_do(tmp_path, capsys):
-    for tool, args, message in (
-        (archive.archive, archive.Args(tmp_path, tmp_path / "out"), "holds no complete run"),
-        (speed.speed, speed.Args(arms=("PPO",)), "--arms PPO: must be of MTPPO dense, "),
-        (speed.speed, speed.Args(rounds=0), "--rounds 0: must be at least 1"),
-        (speed.speed, speed.Args(against=tmp_path), "must be a checkout"),
+def test_solved_and_lost_tasks_traces_and_grown_weights_by_hand():
+    nan, runs = float("nan"), []
+    for seed, scores, trace, kept in (
+        (1, [0.9, 0.6, 0.2], [1, 10, 4], [nan, 0.9, 0.1]),
+        (2, [0.6, 0.3, 0.1], [3, 20, 14], [0.7, 0.5, 0.3]),
+        (3, [0.5, 0.3, 0.0], [2, 30, 12], [0.5, 0.5, 0.2]),
     ):
-        with pytest.raises(SystemExit) as ended:
-            tool(args)
-        out, err = capsys.readouterr()
-        assert ended.value.code == 2 and out == "" and message in err and err.count("\n") == 1
+        metrics = dict(fisher_trace=trace, actor_grown_kept=kept, critic_grown_kept=kept)
+        metrics = {name: np.array(values) for name, values in metrics.items()}
+        named = dict(method="SET", benchmark="MT1", seed=seed, tasks=["a"], timesteps=[1, 5, 8])
+        runs.append(report.Run("", **named, scores=np.array([scores]).T, metrics=metrics))
+    # 0.1 is not solved; 0.5 was not learned
+    assert rows_of(analyses.solved_tasks(runs))["MT1", "SET", 1] == ["a", "1 of 3", "0.20", "2"]
+    assert rows_of(analyses.fisher_traces(runs))["MT1", "SET", 1] == ["20", "5", "10", "2 of 3"]
+    kept = rows_of(analyses.grown_kept(runs))["MT1", "SET", 1]
+    assert kept == ["60.0 %", "20.0 %", "60.0 %", "20.0 %"]
+    runs[0].metrics["actor_grown_kept"] = np.array([nan] * 3)  # no SET
+    assert ("MT1", "SET", 1) not in rows_of(analyses.grown_kept(runs))
+
+
+@pytest.mark.parametrize("script", [mtppo_gmp, moe_sparse], ids=lambda s: s.__name__)
+def test_neurons_are_counted_as_a_run_measures_them(script, tmp_path, capsys):
+    args = script.Args(**TINY, benchmark="MT3", run_dir=str(tmp_path / "a"), dormant_tau=0.5)
+    script.train(args)
+    state = torch.load(tmp_path / "a" / "checkpoint.pt")
+    networks = script.make_networks(args)
+    obs = state["buffer"]["observations"][:, :20]
+    for name, network in networks.items():
+        network.load_state_dict(state[name])
+    critic = networks["critic"]
+    for mask in (
+        critic.masks["conv2"][3],
+        *(critic.masks[f"head_{x}"][1] for x in ("hidden", "output")),
+    ):
+        mask.zero_()
+    critic.masks["head_output"][2].zero_()
+    expected = script.measure_plasticity(networks, obs, args)
+    for name, network in networks.items():
+        counts, heads = analyses.count_neurons(network, obs, args.dormant_tau)
+        dormant, alive, every = sum(counts.values())
+        assert dormant / alive == pytest.approx(expected[f"plasticity/{name}_dormant_ratio"])
+        sizes = {n: network.get_submodule(n).bias.numel() for n in network.layers if n in counts}
+        assert {layer: count[2] for layer, count in counts.items()} == sizes and dormant > 0
+    assert heads == [1, 2, 3] and counts["conv2"][1] < counts["conv2"][2]
+    assert counts["head_hidden"][1] <= 2 * 128
+    analyses.analyses(analyses.Args((tmp_path,)))
+    assert "GMP | 1 | actor |" in capsys.readouterr().out
+
+
+# Speed
+
+
+def test_speed_refuses_what_it_cannot_do(tmp_path, capsys):
+    for args, message in (
+        (speed.Args(arms=("PPO",)), "--arms PPO: must be of MTPPO dense, "),
+        (speed.Args(rounds=0), "--rounds 0: must be at least 1"),
+        (speed.Args(against=tmp_path), "must be a checkout"),
+    ):
+        assert message in one_line_of_error(capsys, speed.speed, args)
 
 
 def test_speed_prints_phases_shares_and_the_ratio(capsys, monkeypatch):
@@ -670,11 +649,11 @@ def test_speed_prints_phases_shares_and_the_ratio(capsys, monkeypatch):
 # Studies
 
 
-def study_file(path, *arms, seeds="[1]"):
-    """A study of arms (name, script, flags as TOML) on MT3."""
+def study_file(path, *methods, seeds="[1]"):
+    """A study of methods (name, script, flags as TOML) on MT3."""
     tables = [
-        f'[[arms]]\nname = "{name}"\nscript = "{script}"\nflags = {{ {flags} }}\n'
-        for name, script, flags in arms
+        f'[[methods]]\nname = "{name}"\nscript = "{script}"\nflags = {{ {flags} }}\n'
+        for name, script, flags in methods
     ]
     path.write_text(f'benchmarks = ["MT3"]\nseeds = {seeds}\n' + "".join(tables))
     return path
@@ -685,6 +664,7 @@ def test_the_studies_of_the_repository(path, tmp_path):
     runs = sweep.read_study(path, tmp_path)
     assert len({run.folder for run in runs}) == len(runs)
     assert {run.seed for run in runs} >= {1, 2, 3}
+    sweep.check_flags(runs)
 
 
 def test_studies_share_their_runs(tmp_path):
@@ -692,53 +672,52 @@ def test_studies_share_their_runs(tmp_path):
         path.stem: {run.folder for run in sweep.read_study(path, tmp_path)} for path in STUDIES
     }
     one, table = folders["experiment1_mt5_mtppo"], folders["table1"]
-    three = folders["experiment3_architectures_mt3"]
-    assert len(one) == 3 * 10 and one < table
-    assert len(three) == 6 * 10 + 3 * 5 and three < table  # SET on five seeds
-    for name, seeds in dict(
-        prune_scope=5, experiment2_schedule=10, set_readings=5, optimizers=5
+    three, others = folders["experiment3_architectures_mt3"], folders["interventions"]
+    assert len(one) == 3 * 30 and len(three) == 6 * 10 + 3 * 5  # SET on five seeds
+    assert len(others) == 7 * 10 and len(folders["mt7"]) == 3 * 10
+    assert one | three | others | folders["mt7"] < table
+    for name, shared in dict(
+        **dict(interventions=30, prune_scope=5, experiment2_schedule=10, set_readings=5),
+        **dict(optimizers=5, fair_critic=0, stress=0),
     ).items():
-        assert len(one & folders[name]) == seeds
-    assert len(three & folders["orthogonality"]) == 3 * 5
-    assert len(three & folders["sparsity_levels"]) == 3 * 5
-    assert not one & folders["fair_critic"]
+        assert len(one & folders[name]) == shared
+    assert len(three & folders["orthogonality"]) == len(three & folders["sparsity_levels"]) == 15
     assert len(table) == 30 * 3 * (7 + 5 + 5)
 
 
-def test_the_paper_has_figures_for_every_arm_of_table1(tmp_path):
+def test_the_paper_has_figures_for_every_method_of_table1(tmp_path):
     paper = report.read_paper()
     runs = sweep.read_study(ROOT / "benchmark" / "studies" / "table1.toml", tmp_path)
-    assert {(run.benchmark, run.arm) for run in runs} < paper.keys()
+    assert {(run.benchmark, run.method) for run in runs} < paper.keys()
     assert len(paper) == 3 * 21 + 3
     assert all(low <= middle <= high for middle, low, high in paper.values())
 
 
+HEAD = 'benchmarks = ["MT3"]\nseeds = [1]\n'
 BAD_STUDIES = {
     "must be a study file": None,
-    "must be TOML": "arms = [",
-    "must hold arms, benchmarks and seeds": "seeds = [1]",
-    "benchmarks must be a list of names": 'arms = []\nbenchmarks = ["MT3", "MT3"]\nseeds = [1]',
+    "must be TOML": "methods = [",
+    "must hold methods, benchmarks and seeds": "seeds = [1]",
+    "benchmarks must be a list of names": 'methods = []\nbenchmarks = ["MT3", "MT3"]\nseeds = [1]',
     "seeds must be a list of integers, each once": [GMP, dict(seeds="[1, 1]")],
     "seeds must be a list of integers": [GMP, dict(seeds="3")],
-    "must hold at least one [[arms]]": 'arms = []\nbenchmarks = ["MT3"]\nseeds = [1]',
-    "an arm must have name, script and maybe flags, seeds and against, given": (
-        'benchmarks = ["MT3"]\nseeds = [1]\n[[arms]]\nname = "GMP"'
-    ),
-    "GMP: against must be the name of another arm": (
-        'benchmarks = ["MT3"]\nseeds = [1]\n[[arms]]\nname = "GMP"\nscript = "mtppo_gmp.py"\n'
-        'against = "GMP"'
+    "must hold at least one [[methods]]": HEAD + "methods = []",
+    "a method has name, script and maybe flags": HEAD + '[[methods]]\nname = "GMP"',
+    "GMP: against must be the name of another method": (
+        HEAD + '[[methods]]\nname = "GMP"\nscript = "mtppo_gmp.py"\nagainst = "GMP"'
     ),
     "is not a script": [("GMP", "mtppo.py", ""), {}],
-    "GMP: mtppo_gmp.py has no --sparsty": [("GMP", "mtppo_gmp.py", "sparsty = 0"), {}],
-    "GMP: --seed is not an arm's to give": [("GMP", "mtppo_gmp.py", "seed = 3"), {}],
+    "GMP: --seed is not a method's to give": [("GMP", "mtppo_gmp.py", "seed = 3"), {}],
     "GMP: --device [1]: must be number": [("GMP", "mtppo_gmp.py", "device = [1]"), {}],
     "GMP: --device a/b: must be number": [("GMP", "mtppo_gmp.py", 'device = "a/b"'), {}],
     "GMP: --layer_norm must be written": [("GMP", "mtppo_gmp.py", "layer_norm = true"), {}],
-    "GMP: mtsac_sparse_metaworld.py has no benchmark MT3": [
-        *(("GMP", "mtsac_sparse_metaworld.py", ""), {}),
-    ],
-    "two arms are called GMP": [GMP, ("GMP", "mtppo_set.py", ""), {}],
-    "again: another arm has the same script and flags": [GMP, ("again", "mtppo_gmp.py", ""), {}],
+    "two methods are called GMP": [GMP, ("GMP", "mtppo_set.py", ""), {}],
+    "again: another method has the same script": [GMP, ("again", "mtppo_gmp.py", ""), {}],
+    # Names that figures would not show, or could not
+    "'_dense': a name must be letters": [("_dense", "mtppo_gmp.py", ""), {}],
+    "'a $$ b': a name must be letters": [("a $$ b", "mtppo_gmp.py", ""), {}],
+    "'MTPPO ': a name must be letters": [("MTPPO ", "mtppo_gmp.py", ""), {}],
+    "'a | b': a name must be letters": [("a | b", "mtppo_gmp.py", ""), {}],
 }
 
 
@@ -746,11 +725,25 @@ BAD_STUDIES = {
 def test_bad_studies_are_refused(message, tmp_path, capsys):
     path, bad = tmp_path / "study.toml", BAD_STUDIES[message]
     if isinstance(bad, list):
-        *arms, options = bad
-        study_file(path, *arms, **options)
+        *methods, options = bad
+        study_file(path, *methods, **options)
     elif bad:
         path.write_text(bad)
     assert message in one_line_of_error(capsys, sweep.read_study, path, tmp_path)
+
+
+def test_flags_are_checked_by_the_script_before_the_first_run(tmp_path, capsys):
+    for script, flags, message in (
+        ("mtppo_gmp.py", "total-timesteps = 2e2", "parsing --total-timesteps"),
+        ("mtppo_gmp.py", "sparsty = 0", "--sparsty"),
+        ("mtsac_sparse_metaworld.py", "", "invalid choice 'MT3'"),
+    ):
+        study = study_file(tmp_path / "study.toml", GMP, ("bad", script, flags))
+        with pytest.raises(SystemExit) as ended:
+            sweep.sweep(sweep.Args(study, runs_dir=tmp_path / "runs"))
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2 and out == "" and not (tmp_path / "runs").exists()
+        assert f"error: bad: {script} refuses its flags" in err and message in err
 
 
 def test_bad_flags_of_a_sweep_are_refused(tmp_path, capsys, monkeypatch):
@@ -766,12 +759,21 @@ def test_bad_flags_of_a_sweep_are_refused(tmp_path, capsys, monkeypatch):
     assert "--executor slurm: finds no sbatch" in error(executor="slurm")
     assert not runs_dir.exists()
     runs_dir.touch()
-    monkeypatch.undo()
     assert "must be a folder to write to" in error()
+
+
+def test_the_error_of_a_run_is_shown_whole():
+    box = ["╭─ Value error ─╮", *(f"│ {i} │" for i in range(12)), "x.py ended with exit code 2"]
+    old = "$ x.py\nerror: of an earlier start\nx.py ended with exit code 1\n"
+    text = old + "$ x.py --resume\ntimestep 100: score 0.1\n" + "\n".join(box)
+    assert sweep.error_lines(text) == "\n".join(f"    {line}" for line in box)
+    killed = "$ x.py\n1\n2\n3\nx.py ended with exit code -9\n"
+    assert sweep.error_lines(killed).split() == "2 3 x.py ended with exit code -9".split()
 
 
 def test_a_job_has_a_cpu_for_each_thread(tmp_path, monkeypatch):
     asked = []
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 1))
     monkeypatch.setattr(
         submitit.AutoExecutor, "update_parameters", lambda self, **given: asked.append(given)
     )
@@ -791,7 +793,8 @@ TINY_FLAGS = ", ".join(f"{name.replace('_', '-')} = {value}" for name, value in 
 
 
 def sweep_command(study, runs_dir, *flags):
-    words = [sys.executable, ROOT / "benchmark" / "sweep.py", study, "--runs-dir", runs_dir, *flags]
+    words = [sys.executable, ROOT / "benchmark" / "sweep.py", study, "--runs-dir", runs_dir]
+    words += ["--results", "none", *flags]
     return [str(word) for word in words]
 
 
@@ -817,14 +820,16 @@ def whole_run(tmp_path_factory):
     return scalars(folder)
 
 
-def test_a_failing_arm_stops_no_other_and_studies_share_runs(tmp_path, whole_run):
+def test_a_failing_method_stops_no_other_and_studies_share_runs(tmp_path, whole_run):
     good = ("good", "mtppo_gmp.py", TINY_FLAGS)
-    study = study_file(tmp_path / "study.toml", ("bad", "mtppo_gmp.py", "gamma = 1.5"), good)
-    code, output = run_sweep(study, tmp_path / "runs")
+    bad = ("bad", "mtppo_gmp.py", "critic-lr = 1e38, num-steps = 50, minibatch-size = 50")
+    study = study_file(tmp_path / "study.toml", bad, good)
+    code, output = run_sweep(study, tmp_path / "runs", "--jobs", "2")
     assert code == 1 and "2 runs: 0 complete, 2 to run" in output
-    bad_name = "MT3__mtppo_gmp__gamma=1.5__1"
-    failed = rf"^{bad_name} .*NOT COMPLETE.*\n    error: --gamma 1.5: must be in \[0, 1\]$"
-    assert re.search(failed, output, re.M) and "1 of 2 runs are not complete" in output
+    bad_name = "MT3__mtppo_gmp__critic-lr=1e+38,minibatch-size=50,num-steps=50__1"
+    failed = r"NOT COMPLETE\n    .*error.*\n(    .*\n)*    mtppo_gmp.py ended with exit code \d$"
+    assert re.search(rf"^{re.escape(bad_name)} .*{failed}", output, re.M)
+    assert "1 of 2 runs are not complete" in output
     assert re.search(r"^MT3__mtppo_gmp__check.*__1 .*: finished, final score 0\.\d+$", output, re.M)
     [folder] = [p for p in (tmp_path / "runs").glob("MT3__*") if p.name != bad_name]
     assert scalars(folder) == whole_run
@@ -837,7 +842,7 @@ def test_a_failing_arm_stops_no_other_and_studies_share_runs(tmp_path, whole_run
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     text = write_report(tmp_path / "out", study, other, runs_dir=tmp_path / "runs")
     assert "| MT3 | good | 1 | 1500 |" in text and "| MT3 | another name | 1 | 1500 |" in text
-    assert f"- {bad_name}: not started" in text
+    assert "- bad on MT3, seed 1: incomplete" in text
 
 
 def wait_for_checkpoint(runs_dir, timestep):
@@ -860,9 +865,8 @@ def test_a_stopped_sweep_goes_on_to_the_same_files(number, tmp_path, whole_run):
         (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
         output = process.communicate()[0]
     if number != signal.SIGKILL:
-        assert process.returncode == 130 and "to go on: the same command" in output
+        assert process.returncode == 130 and "the same command goes on" in output
         assert "Traceback" not in output
-        assert re.search(r"^stopped at timestep \d+, ", (folder / "output.txt").read_text(), re.M)
         assert torch.load(folder / "checkpoint.pt")["timestep"] < TINY["total_timesteps"]
     code, output = run_sweep(study, tmp_path / "runs")
     assert code == 0 and "1 to run" in output and "finished, final score" in output
@@ -883,7 +887,7 @@ def test_a_sweep_that_waits_for_another_one_stops_and_starts_nothing(tmp_path):
         time.sleep(3)  # the job of either sweep is there, and one waits
         for process in sweeps:
             process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=30)[0].endswith("the same command again\n")
+            assert "the same command goes on" in process.communicate(timeout=30)[0]
             assert process.returncode == 130
     finally:
         for process in sweeps:
@@ -897,8 +901,10 @@ def test_a_killed_run_is_reported(tmp_path):
     study = study_file(tmp_path / "study.toml", ("good", "mtppo_gmp.py", flags))
     command = sweep_command(study, tmp_path / "runs")
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        folder = wait_for_checkpoint(tmp_path / "runs", 50)
-        subprocess.run(["pkill", "-9", "-f", f"mtppo_gmp.py .*{folder}"], check=True)
+        wait_for_checkpoint(tmp_path / "runs", 50)
+        children = Path(f"/proc/{process.pid}/task").glob("*/children")
+        [child] = [int(pid) for path in children for pid in path.read_text().split()]
+        os.kill(child, signal.SIGKILL)
         output = process.communicate()[0]
     assert process.returncode == 1 and "mtppo_gmp.py ended with exit code -9" in output
 
@@ -923,9 +929,8 @@ def slurm_runs():
 
 @pytest.mark.skipif(not slurm_runs(), reason="no Slurm here, or its controller is not running")
 def test_the_same_study_on_slurm(tmp_path, whole_run):
-    good = ("good", "mtppo_gmp.py", TINY_FLAGS)
-    study = study_file(tmp_path / "study.toml", ("bad", "mtppo_gmp.py", "gamma = 1.5"), good)
+    study = study_file(tmp_path / "study.toml", ("good", "mtppo_gmp.py", TINY_FLAGS))
     code, output = run_sweep(study, tmp_path / "runs", "--executor", "slurm", "--time", "10")
-    assert code == 1 and "error: --gamma 1.5: must be" in output and "finished" in output
+    assert code == 0 and "finished, final score" in output
     [folder] = (tmp_path / "runs").glob("MT3__mtppo_gmp__check*")
     assert scalars(folder) == whole_run

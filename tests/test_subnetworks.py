@@ -1,6 +1,5 @@
-"""What the tasks' heads read: masks by hand, networks, chance, archives, what is refused."""
+"""What the tasks' heads read: masks by hand, networks, chance, runs, what is refused."""
 
-import json
 import shutil
 import sys
 from dataclasses import asdict
@@ -17,7 +16,6 @@ import mtppo_set
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmark"))
 
-import archive  # noqa: E402
 import subnetworks  # noqa: E402
 
 TINY = dict(
@@ -38,7 +36,7 @@ def head_masks(*features, num_features=16):
 
 
 def write_checkpoint(folder, actor, critic=None, script=mtppo_set, timestep=None, **flags):
-    """A checkpoint with no more than masks and arguments, and the end of what a run prints."""
+    """A checkpoint with no more than masks and arguments."""
     args = script.Args(**dict(benchmark="MT3", total_timesteps=2000) | flags)
     state = dict(script=script.__name__, args=asdict(args))
     state["timestep"] = args.total_timesteps if timestep is None else timestep
@@ -47,7 +45,6 @@ def write_checkpoint(folder, actor, critic=None, script=mtppo_set, timestep=None
         state[name] = dict(_extra_state=own)
     folder.mkdir(parents=True)
     torch.save(state, folder / "checkpoint.pt")
-    (folder / "output.txt").write_text("mean  0.5\n\nsum  9.9  100.0%\n")
     return folder
 
 
@@ -139,7 +136,7 @@ def test_overlaps_by_hand(tmp_path, capsys):
     assert (tmp_path / "out" / "subnetworks.png").stat().st_size > 10_000
 
 
-def test_arms_are_apart(tmp_path, capsys):
+def test_methods_are_apart(tmp_path, capsys):
     masks = head_masks([0, 1], [1], [2])
     for seed, zeta in ((1, 0.3), (2, 0.3), (1, 0.1)):
         write_checkpoint(tmp_path / f"{seed}_{zeta}", masks, seed=seed, set_zeta=zeta)
@@ -196,51 +193,22 @@ def test_experts_may_change_places_between_seeds():
     assert row(text, "b") == ["1.00", "1.00", "1.00 0.00 0.00", "0.00 0.00 1.00"]
 
 
-# Archives
+# Runs
 
 
-def test_an_archive_gives_the_same_tables(tmp_path, capsys):
-    runs, logs, moved = tmp_path / "runs", tmp_path / "logs", tmp_path / "moved"
+def test_tables_of_runs(tmp_path, capsys):
     for name, flags in dict(sparse={}, dense=dict(sparsifier="none")).items():
-        moe_sparse.train(moe_sparse.Args(**TINY, **flags, run_dir=str(runs / name)))
-        (runs / name / "output.txt").write_text("mean  0.5\n\nsum  9.9  100.0%\n")
+        moe_sparse.train(moe_sparse.Args(**TINY, **flags, run_dir=str(tmp_path / name)))
     capsys.readouterr()
-    expected = tables(capsys, runs)
-    assert "MoE GMP on MT3: actor, 1 seed" in expected and "Experts" in expected
-    assert "- dense: dense, it has no masks" in expected
-
-    def archived(source, target):
-        archive.archive(archive.Args(source, target))
-        capsys.readouterr()
-        return tables(capsys, target).split("\n## Left out")[0]
-
-    expected = expected.split("\n## Left out")[0]
-    assert archived(runs, logs) == expected
-    kept = logs / "sparse" / "masks.npz"
-    assert kept.stat().st_size < 60_000 and not (logs / "dense" / "masks.npz").exists()
-    assert archived(logs, moved) == expected  # without checkpoint.pt
-    kept.unlink()  # as if archived before masks were kept
-    assert archived(runs, logs) == expected
-    shutil.rmtree(moved)
-    (logs / "sparse" / "masks.npz").unlink()
-    archive.archive(archive.Args(logs, moved))  # neither of the two
-    assert "2 runs archived" in capsys.readouterr().out
-    assert "sparse: neither checkpoint.pt nor masks.npz" in error(capsys, moved / "sparse")
-
-
-def test_masks_come_back_from_bits(tmp_path):
-    rng = np.random.default_rng(0)
-    masks = head_masks([0], [1], [2]) | dict(conv1=rng.random((16, 3, 2, 2)) < 0.5)
-    folder = write_checkpoint(tmp_path / "run", masks, script=mtppo_gmp)
-    expected = archive.read_masks(folder)
-    archive.keep_masks(folder, folder)
-    (folder / "checkpoint.pt").unlink()
-    found = archive.read_masks(folder)
-    assert found.timestep == 2000 and found.script == "mtppo_gmp"
-    assert found.args == json.loads(json.dumps(expected.args))  # a tuple comes back as a list
-    assert found.arrays.keys() == expected.arrays.keys()
-    for name, mask in expected.arrays.items():
-        assert found.arrays[name].dtype == bool and (found.arrays[name] == mask).all()
+    text = tables(capsys, tmp_path)
+    assert "MoE GMP on MT3: actor, 1 seed\n" in text and "Experts" in text
+    assert "- dense: dense, it has no masks" in text
+    state = torch.load(tmp_path / "sparse" / "checkpoint.pt")["critic"]
+    reads = (state["_extra_state"]["head_hidden"].sum(1) > 0).sum(1)
+    critic = text[text.index("critic") :]
+    assert [
+        int(row(critic, task)[1]) for task in ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
+    ] == reads.tolist()
 
 
 # What is refused
@@ -268,10 +236,9 @@ def test_bad_input_is_refused(tmp_path, capsys):
     assert "must be a folder to write to" in error(capsys, good, out=tmp_path / "file")
     shutil.copytree(good, tmp_path / "again")
     assert "both MTPPO SET on MT3 with seed 1" in error(capsys, good, tmp_path / "again")
-    for name in ("checkpoint.pt", "masks.npz"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("not a file of torch or numpy")
-        assert "is damaged" in error(capsys, tmp_path / name)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "checkpoint.pt").write_text("not a file of torch")
+    assert "is damaged" in error(capsys, tmp_path / "damaged")
 
 
 def test_preference_by_hand():

@@ -1,0 +1,164 @@
+"""Tables behind the results page: tasks solved and lost, Fisher trace, grown weights, neurons.
+
+The first three are of results.csv files, the last of run folders (of MiniGrid, by checkpoint.pt).
+
+    python benchmark/analyses.py benchmark/results/experiment1_mt5_mtppo/results.csv
+    python benchmark/analyses.py runs/sweep
+"""
+
+import importlib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from report import Run, call_by_arguments, group, paper_method, read_results, table
+from subnetworks import load_checkpoint
+from sweep import ROOT, fail
+
+SOLVED = 0.1  # a task is solved if its score is higher; in between there is hardly any
+LEARNED = 0.5  # a task is lost if its score was higher once and it is not solved at the end
+
+
+@dataclass
+class Args:
+    """Tables behind the results page."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]  # results.csv files, folders of run folders
+
+
+def solved_tasks(runs: list[Run]) -> str:
+    """Per method and task: runs that solve it at the end, their mean score, seeds that lost it."""
+    rows = []
+    for (benchmark, method), own in group(runs, "benchmark", "method").items():
+        for i, task in enumerate(own[0].tasks):
+            scores = {run.seed: run.scores[:, i] for run in own}
+            solved = [x[-1] for x in scores.values() if x[-1] > SOLVED]
+            mean = f"{np.mean(solved):.2f}" if solved else "-"
+            lost = [n for n, x in scores.items() if x.max() > LEARNED and x[-1] <= SOLVED]
+            shown = [f"{len(solved)} of {len(own)}", mean, ", ".join(map(str, lost)) or "-"]
+            rows.append([benchmark, method, task, *shown])
+    columns = ["benchmark", "method", "task", "solved", "mean score of these", "seeds that lost it"]
+    return table(columns, rows)
+
+
+def fisher_traces(runs: list[Run]) -> str:
+    """Per method: peak and end of the mean over seeds, and runs whose own falls far."""
+    rows = []
+    for (benchmark, method), own in group(runs, "benchmark", "method").items():
+        traces = np.array([run.metrics["fisher_trace"] for run in own])  # (run, evaluation)
+        mean, falls = traces.mean(0), traces[:, -1] < 0.6 * traces.max(1)
+        peak = [f"{mean.max():.0f}", own[0].timesteps[mean.argmax()], f"{mean[-1]:.0f}"]
+        rows.append([benchmark, method, *peak, f"{falls.sum()} of {len(own)}"])
+    columns = "benchmark, method, peak, its timestep, end, runs that end below 0.6 of their peak"
+    return table(columns.split(", "), rows)
+
+
+def grown_kept(runs: list[Run]) -> str:
+    """Per method with SET: share of the weights that one update of the masks grew and the next one
+    kept, means over seeds and measurements of the first eighth and the last quarter of training."""
+    rows = []
+    for (benchmark, method), own in group(runs, "benchmark", "method").items():
+        if np.isnan(own[0].metrics.get("actor_grown_kept", math.nan)).all():
+            continue
+        times, cells = np.array(own[0].timesteps), []
+        for network in ("actor", "critic"):
+            kept = np.array([run.metrics[f"{network}_grown_kept"] for run in own])
+            for when in (times <= times[-1] / 8, times > times[-1] * 3 / 4):
+                cells.append(f"{100 * np.nanmean(kept[:, when]):.1f} %")
+        rows.append([benchmark, method, *cells])
+    columns = "benchmark, method, actor early, actor late, critic early, critic late"
+    return table(columns.split(", "), rows)
+
+
+def count_neurons(
+    network, obs: torch.Tensor, tau: float
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """On obs (task, batch, h, w, c), by hidden layer: neurons that are dormant, of those with an
+    unmasked incoming weight; these; all. And of heads: those whose weights are all masked, those
+    whose output weights are, all."""
+    plasticity = importlib.import_module("plasticity_metrics")
+    with torch.no_grad():
+        hidden, *_ = network.activations(obs.flatten(0, 1), [obs.shape[1]] * len(obs))
+    *names, output = network.layers
+    counts = {name: np.zeros(3, int) for name in names}
+    for name, h, alive in zip(names, hidden, plasticity.alive_neurons(network), strict=True):
+        # A head's neurons see their own task's observations
+        for own, some in zip(h, alive, strict=True) if name == "head_hidden" else [(h, alive)]:
+            dormant = some & (plasticity.dormant_scores(own, some) <= tau)
+            counts[name] += [int(dormant.sum()), int(some.sum()), len(some)]
+    dense = torch.ones(len(obs), 1)
+    ins, outs = (network.masks.get(n, dense).flatten(1).any(1) for n in ("head_hidden", output))
+    return counts, [int((~(ins | outs)).sum()), int((~outs).sum()), len(obs)]
+
+
+def read_neurons(folder: Path) -> tuple[Run, dict] | None:
+    """A complete MiniGrid run, and by network its neurons on observations of its buffer."""
+    state = load_checkpoint(folder)
+    given, timestep = state["args"], state["timestep"]
+    if timestep + given.get("num_steps", 0) <= given["total_timesteps"]:
+        return None
+    script = importlib.import_module(state["script"])
+    args, buffer = script.Args(**given), state["buffer"]
+    tasks, capacity = buffer["observations"].shape[:2]
+    size = min(buffer["added"], capacity), (math.ceil(args.plasticity_batch_size / tasks),)
+    slots = torch.randint(*size, generator=torch.Generator().manual_seed(0))
+    obs, found = buffer["observations"][:, slots], {}
+    for name, network in script.make_networks(args).items():
+        network.load_state_dict(state[name])
+        found[name] = count_neurons(network, obs, args.dormant_tau)
+    shown = {name: str(value) for name, value in given.items()}
+    own = dict(benchmark=", ".join(args.env_ids) or args.benchmark, seed=args.seed, args=shown)
+    return Run(folder.name, row=paper_method(shown)[1], **own), found
+
+
+def neurons(found: list[tuple[Run, dict]]) -> str:
+    """Per method and network, means over seeds: dormant neurons of each layer and of all, without
+    and with those that have no weight left; and the heads without weights."""
+    runs, rows = [run for run, _ in found], []
+    by_name = {run.name: networks for run, networks in found}
+    call_by_arguments(runs)
+    for (benchmark, method), own in group(runs, "benchmark", "method").items():
+        for name in ("actor", "critic"):
+            layers, heads = zip(*(by_name[run.name][name] for run in own), strict=True)
+            counts = np.array([list(each.values()) for each in layers])  # (run, layer, 3)
+            counts = np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)
+            dormant, alive, every = np.moveaxis(counts, 2, 0)  # (run, layer), the last of all
+            left_out = 100 * (dormant / np.maximum(alive, 1)).mean(0)
+            counted = 100 * ((dormant + every - alive) / every).mean(0)
+            cells = [f"{x:.2f} / {y:.2f} %" for x, y in zip(left_out, counted, strict=True)]
+            empty, silent, total = np.sum(heads, axis=0)
+            cells += [f"{empty} of {total}", f"{silent} of {total}"]
+            rows.append([benchmark, method, len(own), name, *cells])
+    columns = ["benchmark", "method", "seeds", "network", *layers[0], "all"]
+    return table([*columns, "heads without a weight", "heads without an output weight"], rows)
+
+
+def analyses(args: Args) -> None:
+    """Print the tables."""
+    sys.path.insert(0, str(ROOT))
+    files = [path for path in args.paths if path.suffix == ".csv"]
+    for path in files:
+        runs = read_results(path)
+        print(f"## {path.parent.name}\n", "Tasks at the end:\n", solved_tasks(runs), "", sep="\n")
+        print("Fisher trace, mean over seeds:\n", fisher_traces(runs), "", sep="\n")
+        print(
+            "Share of grown weights that the next update keeps:\n", grown_kept(runs), "", sep="\n"
+        )
+    others = sorted(set(args.paths) - set(files))
+    folders = [file.parent for path in others for file in sorted(path.rglob("checkpoint.pt"))]
+    found = [read for folder in folders if (read := read_neurons(folder))]
+    if not files and not found:
+        fail("must be given results.csv files, or folders of complete MiniGrid runs")
+    if found:
+        print("Dormant neurons, those without a weight left out / counted as dormant:\n")
+        print(
+            neurons(found), f"\n{len(folders) - len(found)} runs left out: not complete.", sep="\n"
+        )
+
+
+if __name__ == "__main__":
+    analyses(tyro.cli(Args))
