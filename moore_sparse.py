@@ -45,9 +45,9 @@ class Args:
     """Multi-task PPO with a sparse mixture of orthogonal experts on MiniGrid."""
 
     # Tasks
-    benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # tasks to train on
-    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead (one: single-task PPO)
-    seed: int = 1  # of the networks, the environments and every draw
+    benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # the first 3, 5 or 7 tasks of MT7
+    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead; their missions are not seen
+    seed: int = 1  # random seed
     total_timesteps: int = 400_000  # environment steps per task
 
     # PPO
@@ -83,17 +83,19 @@ class Args:
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
     # Evaluation and plasticity metrics
-    eval_frequency: int = 10_000  # timesteps between two evaluations
+    eval_frequency: int = 10_000  # timesteps between two evaluations (0: one at the end)
     eval_episodes: int = 25  # episodes per task in an evaluation
-    plasticity_frequency: int = 10_000  # timesteps between two measurements
-    plasticity_batch_size: int = 1024  # observations measured on, over all tasks
+    plasticity_frequency: int = 10_000  # timesteps between two measurements (0: one at the end)
+    plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
     plasticity_buffer_size: int = 100_000  # latest observations to draw them from
-    dormant_tau: float = 0.001  # score up to which a neuron is dormant
+    dormant_tau: float = (
+        0.001  # mean |output| relative to its layer's, up to which a neuron is dormant
+    )
     srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
-    run_dir: str | None = None  # folder of log and checkpoint (default: runs/...)
+    run_dir: str | None = None  # folder of log and checkpoint; if none, a new one in runs/
     checkpoint_frequency: int = 10_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with; its flags are the defaults
     num_threads: int = 1  # torch threads
@@ -104,9 +106,8 @@ class Args:
         check("critic_epochs critic_minibatch_size prune_frequency", lambda x: x >= 1, "at least 1")
         check("gamma gae_lambda set_zeta prune_end", lambda x: x <= 1, "at most 1")
         check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
-        least, text = self.num_steps, f"at least --num-steps {self.num_steps}"
-        check("total_timesteps", lambda x: x >= least, text)
-        check("set_frequency", lambda x: x == 0 or x >= least, f"0 or {text}")
+        check("total_timesteps", lambda x: x >= self.num_steps, "at least --num-steps")
+        check("set_frequency", lambda x: x == 0 or x >= self.num_steps, "0 or at least --num-steps")
         check("num_experts", lambda x: x <= 1024, "at most 1024, the number of features")
         check("orthogonal_mix", lambda x: x <= 1, "in [0, 1]")
         needs_number = self.env_ids and self.num_experts == 0
@@ -126,9 +127,6 @@ class BatchedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_tasks, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_tasks, 1, out_features))
         self.bound = in_features**-0.5  # torch's own for a linear layer
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -self.bound, self.bound)
 
@@ -236,7 +234,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     """Update the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
-    was pruned ranks last: while sparsity grows, it stays so. Needs network.layers, {name: how
+    was pruned stays so. Needs network.layers, {name: how
     many layers of one shape its weight stacks, 1 for a plain one}, and network.masks, {} at first,
     {name: zeros and ones in its weight's shape} then. apply_masks must follow every optimiser step.
     """
@@ -255,7 +253,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         keep = rows.shape[1] - round(sparsity * rows.shape[1])
         if keep < (1 if scope == "layer" else sum(network.layers.values())):
             raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
-        masks.append(keep_largest(rows, keep).flatten())
+        masks.append((keep_largest(rows, keep) * (rows >= 0)).flatten())
     masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
     for (name, weight), mask in zip(weights.items(), masks, strict=True):
         network.masks[name] = mask.view_as(weight)
@@ -274,9 +272,11 @@ def update_masks(networks: dict, args: Args, last_timestep: int, timestep: int) 
     progress = timestep / last_timestep
     sparsity = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
     is_due = timestep % args.prune_frequency == 0 or timestep == last_timestep
-    for network in networks.values() if is_due and sparsity > 0 else ():
+    if sparsity == 0 or not is_due:
+        return False
+    for network in networks.values():
         prune(network, sparsity, args.prune_scope)
-    return is_due and sparsity > 0
+    return True
 
 
 def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
@@ -287,12 +287,10 @@ def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
 
 
 def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
-    """Erdős–Rényi(-Kernel) densities: the share of active weights of each layer.
-
-    shapes: of the weights, (out, in) or (out, in, kh, kw). A density is in proportion to the sum of
-    a shape over its product; one scale makes 1 - sparsity of all weights active; what would pass 1
-    is dense. Source: Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels).
-    """
+    """Erdős–Rényi(-Kernel) densities, the shares of active weights, of layers with weights of these
+    shapes, (out, in) or (out, in, kh, kw): in proportion to the sum of a shape over its product, by
+    one scale that makes 1 - sparsity of all weights active; what would pass 1 is dense. Source:
+    Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels)."""
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
     dense = set()
@@ -347,8 +345,6 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
     what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
     """
-    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
-        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
     grown_before, kept_of_it = [], []
     for name, density in network.densities.items():
         layer = network.get_submodule(name)
@@ -387,10 +383,10 @@ def to_device(array: np.ndarray, device: str) -> Tensor:
 
 
 class PolicyTable:
-    """The policy's log-probs on the host, computed once for each distinct view of each task. A view
-    is known by its key, (task, its bytes); space is that of the views, integers (h, w, c)."""
+    """The policy's log-probs on the host, computed once for each key: (task, bytes of a view)."""
 
     def __init__(self, actor: nn.Module, space: gym.spaces.Box, num_tasks: int, device: str):
+        """space: of one view, (h, w, c)."""
         self.actor, self.space, self.num_tasks, self.device = actor, space, num_tasks, device
         self.log_probs = {}  # key -> (action,)
 
@@ -410,10 +406,10 @@ class PolicyTable:
 
     def refresh(self, latest=()) -> None:
         """Run the actor, which has changed, on the known views and latest, (task, n, h, w, c)."""
-        known = [(i, view.tobytes()) for i, own in enumerate(latest) for view in own]
-        known += self.log_probs
+        keys = [(i, view.tobytes()) for i, own in enumerate(latest) for view in own]
+        keys = [*keys, *self.log_probs]
         self.log_probs = {}
-        self.look_up(known)
+        self.look_up(keys)
 
 
 class Rollout(NamedTuple):
@@ -421,8 +417,8 @@ class Rollout(NamedTuple):
 
     views: Tensor  # (N, h, w, c), each distinct view of the first task, the second, ...
     counts: list[int]  # how many are each task's
-    view: np.ndarray  # int64 (task, num_steps) on the host, which view each step began with
-    next_view: np.ndarray  # the same, which view it led to, also where the episode ended there
+    index: np.ndarray  # int64 (task, num_steps) on the host, which view each step began with
+    next_index: np.ndarray  # the same, which view it led to, also where the episode ended there
     action: Tensor  # int64 (task, num_steps) on the device, as are those below
     log_prob: Tensor  # of the behaviour policy, when it acted
     reward: Tensor
@@ -430,15 +426,16 @@ class Rollout(NamedTuple):
     done: Tensor  # bool, terminated or truncated
 
 
-def collect(envs: list, policy: PolicyTable, seeds, num_steps: int, timestep=0, renew=None):
+def collect(envs: list, policy: PolicyTable, seeds, num_steps: int, timestep=0, after_step=None):
     """Play num_steps steps in each of envs, one per task, from a reset with its seed on. Returns
-    the rollout and (return, length) of each task's episodes that ended. renew(timestep) follows
-    each step but the last, and is True if it changed the actor; timestep: that of the reset."""
+    the rollout and (return, length) of each task's episodes that ended. after_step(timestep), if
+    given, follows each step but the last, and is True if it changed the actor."""
     shape = len(envs), num_steps
     noise = np.random.gumbel(size=(num_steps, len(envs), envs[0].action_space.n))
-    action, (log_prob, reward) = np.zeros(shape, np.int64), np.zeros((2, *shape), np.float32)
+    action = np.zeros(shape, np.int64)
+    log_prob, reward = np.zeros((2, *shape), np.float32)
     terminated, done = np.zeros((2, *shape), bool)
-    before, after, episodes = ([[] for _ in envs] for _ in range(3))  # keys, and what is returned
+    before, after, episodes = ([[] for _ in envs] for _ in range(3))  # before and after: keys
     now = [(i, env.reset(seed=seeds[i])[0].tobytes()) for i, env in enumerate(envs)]
     for step in range(num_steps):
         log_probs = policy.look_up(now)  # (task, action)
@@ -454,14 +451,16 @@ def collect(envs: list, policy: PolicyTable, seeds, num_steps: int, timestep=0, 
             if done[i, step]:
                 episodes[i].append((info["episode"]["r"], info["episode"]["l"]))
                 now[i] = (i, env.reset()[0].tobytes())
-        if renew is not None and step + 1 < num_steps:
-            if renew(timestep + step + 1):
+        if after_step is not None and step + 1 < num_steps:
+            actor_changed = after_step(timestep + step + 1)
+            if actor_changed:
                 policy.refresh()
-    keys = sorted({*chain(*before, *after)})  # each distinct view, task by task
-    place = {key: n for n, key in enumerate(keys)}
-    view, next_view = (np.array([[place[k] for k in own] for own in x]) for x in (before, after))
+    keys = sorted({*chain(*before, *after)})  # each distinct one, task by task
+    index_of = {key: n for n, key in enumerate(keys)}
+    index = np.array([[index_of[key] for key in own] for own in before])
+    next_index = np.array([[index_of[key] for key in own] for own in after])
     on_device = (to_device(x, policy.device) for x in (action, log_prob, reward, terminated, done))
-    return Rollout(*policy.to_batch(keys), view, next_view, *on_device), episodes
+    return Rollout(*policy.to_batch(keys), index, next_index, *on_device), episodes
 
 
 def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda: float) -> Tensor:
@@ -480,8 +479,8 @@ def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda:
 def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
     """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
     table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), the value of each view
-    both = rollout.view, rollout.next_view
-    values, next_values = (table[to_device(view, table.device)] for view in both)
+    values = table[to_device(rollout.index, table.device)]
+    next_values = table[to_device(rollout.next_index, table.device)]
     advantages = gae(rollout, values, next_values, args.gamma, args.gae_lambda)
     returns = advantages + values
     explained_variance = 1 - advantages.var() / returns.var()
@@ -491,19 +490,19 @@ def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
 
 
 def minibatches(rollout: Rollout, size: int):
-    """Cut each task's steps, in an order of its own, into minibatches of at most size: the steps
+    """Minibatches of at most size steps per task, each task's in an order of its own: the steps
     (task, batch), the distinct views they began with (n, h, w, c), how many are each task's, which
     each step began with (task, batch). Worked out on the host, so nothing waits for the device."""
     device, num_tasks = rollout.views.device, len(rollout.counts)
     task_of_view = np.repeat(np.arange(num_tasks), rollout.counts)
-    order = np.random.random(rollout.view.shape).argsort(1)
+    order = np.random.random(rollout.index.shape).argsort(1)
     for start in range(0, order.shape[1], size):
         steps = order[:, start : start + size]
-        view = np.take_along_axis(rollout.view, steps, 1)
-        distinct, place = np.unique(view, return_inverse=True)  # in order, so task by task
+        index = np.take_along_axis(rollout.index, steps, 1)
+        distinct, row = np.unique(index, return_inverse=True)  # in order, so task by task
         counts = np.bincount(task_of_view[distinct], minlength=num_tasks).tolist()
-        steps, distinct, place = (to_device(x, device) for x in (steps, distinct, place))
-        yield steps, rollout.views[distinct], counts, place.view_as(steps)
+        steps, distinct, row = (to_device(x, device) for x in (steps, distinct, row))
+        yield steps, rollout.views[distinct], counts, row.view_as(steps)
 
 
 def actor_losses(logits, actions, old_log_probs, advantages, clip_coef: float, ent_coef: float):
@@ -537,8 +536,8 @@ def update_actor(actor, optimizer, rollout, advantages, args: Args, backward=Non
     """Epochs of PPO on the actor; the means of what actor_losses logs."""
     logged = []
     for _ in range(args.update_epochs):
-        for steps, views, counts, place in minibatches(rollout, args.minibatch_size):
-            logits = actor(views, counts)[place]  # (task, batch, action)
+        for steps, views, counts, row in minibatches(rollout, args.minibatch_size):
+            logits = actor(views, counts)[row]  # (task, batch, action)
             samples = (x.gather(1, steps) for x in (rollout.action, rollout.log_prob, advantages))
             losses, to_log = actor_losses(logits, *samples, args.clip_coef, args.ent_coef)
             descend(losses, actor, optimizer, backward)
@@ -550,8 +549,8 @@ def update_critic(critic, optimizer, rollout, returns, args: Args, backward=None
     """Epochs of regression of the critic on the returns; its mean squared error."""
     logged = []
     for _ in range(args.critic_epochs):
-        for steps, views, counts, place in minibatches(rollout, args.critic_minibatch_size):
-            values = critic(views, counts).squeeze(-1)[place]  # (task, batch)
+        for steps, views, counts, row in minibatches(rollout, args.critic_minibatch_size):
+            values = critic(views, counts).squeeze(-1)[row]  # (task, batch)
             losses = (values - returns.gather(1, steps)).square().mean(1)  # (task,)
             descend(losses, critic, optimizer, backward)
             logged.append(losses.detach())
@@ -576,21 +575,20 @@ def train(args: Args) -> Path:
     space = envs[0].observation_space
     dtype, size = torch.as_tensor(space.sample()).dtype, args.plasticity_buffer_size
     buffer = plasticity.ObservationBuffer(size, num_tasks, space.shape, dtype, device)
-    metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
-    name = "custom" if args.env_ids else args.benchmark
+    label = "custom" if args.env_ids else args.benchmark
     parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
-    run = Run(args, name, device, args.num_steps, parts | {"buffer": buffer})
-    renew = None
+    run = Run(args, label, device, args.num_steps, parts | {"buffer": buffer})
+    prune_at = None
     if args.sparsifier == "gmp":
-        renew = partial(update_masks, networks, args, run.last_timestep)
+        prune_at = partial(update_masks, networks, args, run.last_timestep)
 
     while run.timestep < run.last_timestep:
         # Collect, with masks updated on the way
         env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
         policy = PolicyTable(actor, space, num_tasks, device)
-        policy.refresh(buffer.latest(args.num_steps).cpu().numpy())  # most come again
-        rollout, episodes = collect(envs, policy, env_seeds, args.num_steps, run.timestep, renew)
-        buffer.add(rollout.views[to_device(rollout.view, device)])
+        policy.refresh(buffer.latest(args.num_steps).cpu().numpy())  # most will come again
+        rollout, episodes = collect(envs, policy, env_seeds, args.num_steps, run.timestep, prune_at)
+        buffer.add(rollout.views[to_device(rollout.index, device)])
         run.timestep += args.num_steps
 
         # Update
@@ -601,8 +599,8 @@ def train(args: Args) -> Path:
         scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
         if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
             raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
-        if renew is not None:
-            renew(run.timestep)
+        if prune_at is not None:
+            prune_at(run.timestep)
 
         # Measure and evaluate
         scalars |= plasticity.measure_sparsity(networks)
@@ -611,7 +609,7 @@ def train(args: Args) -> Path:
         scalars |= tags("charts", summarize(tasks, episodes))
         if run.is_due(args.plasticity_frequency):
             seed_all(args.seed, METRICS, run.timestep)
-            scalars |= measure_plasticity(networks, buffer.sample(metrics_size), args)
+            scalars |= measure_plasticity(networks, buffer.sample(args.plasticity_batch_size), args)
         if run.is_due(args.eval_frequency):
             num_episodes = num_tasks * args.eval_episodes
             env_seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
@@ -663,14 +661,15 @@ def make_env(env_id: str) -> gym.Env:
     MiniGrid's step: it is drawn once for each state of the grid, for all environments of a task."""
     env = gym.make(env_id, disable_env_checker=True)
     game = env.unwrapped
-    if isinstance(game, MiniGridEnv) and type(game).gen_obs is MiniGridEnv.gen_obs:
+    own = [getattr(type(game), name, None) for name in ("gen_obs", "gen_obs_grid")]
+    if own == [MiniGridEnv.gen_obs, MiniGridEnv.gen_obs_grid]:  # no views of another kind
         draw = game.gen_obs
 
         def gen_obs():
             cells = [(0,) if cell is None else cell.encode() for cell in game.grid.grid]
-            place = game.grid.width, *game.agent_pos, game.agent_dir
+            position = game.grid.width, *game.agent_pos, game.agent_dir
             carried = game.carrying and game.carrying.encode()
-            state = env_id, place, carried, bytes(chain.from_iterable(cells))
+            state = env_id, position, carried, bytes(chain.from_iterable(cells))
             if state not in VIEWS:
                 if len(VIEWS) >= 50_000:  # about 50 MB
                     VIEWS.clear()
@@ -703,8 +702,7 @@ def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[
 
 
 def evaluate(policy: PolicyTable, envs: list[list[gym.Env]], seeds: list[int]) -> list[list]:
-    """Play one episode in each of envs[task][episode] with actions drawn from the policy; returns
-    (return, length) of each task's."""
+    """Play one episode in each of envs[task][episode]: (return, length) of each task's."""
     episodes = [[] for _ in envs]
     running = {}  # (task, episode) -> the key of its view
     for (i, j), seed in zip(np.ndindex(len(envs), len(envs[0])), seeds, strict=True):
@@ -765,68 +763,71 @@ def require(args: Args, names: str, allowed, what: str) -> None:
 
 def check_tasks(args: Args) -> None:
     """Raise ValueError for a task that cannot be played, or not by the first one's networks."""
-    require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "tasks that are named once")
+    require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "different tasks")
+    spaces = {}
     for env_id in args.env_ids:
         try:
-            env, first = make_env(env_id), make_env(args.env_ids[0])
-            env.reset(seed=0)  # some find here alone that they cannot
+            env = make_env(env_id)
+            env.reset(seed=0)  # some fail here alone
             make_networks(args)
         except Exception as error:  # an environment may raise anything
             raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
-        spaces = env.observation_space, env.action_space
-        if spaces != (first.observation_space, first.action_space):
-            raise ValueError(f"--env-ids {env_id}: must have the first task's spaces, not {spaces}")
+        spaces[env_id] = f"{env.observation_space}, {env.action_space}"
+    require(
+        args, "env_ids", lambda _: len({*spaces.values()}) < 2, f"of equal spaces, not {spaces}"
+    )
 
 
 def check_run(args: Args) -> None:
     """Raise ValueError for an argument that no script can have."""
     numbers = " ".join(name for name, x in vars(args).items() if isinstance(x, int | float))
     require(args, numbers, lambda x: 0 <= x < math.inf, "at least 0")
-    counts = "eval_episodes plasticity_batch_size num_threads"
-    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
     require(args, "sparsity srank_delta", lambda x: x < 1, "below 1")
     require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
-    is_new = args.resume or not args.run_dir or not Path(args.run_dir, "checkpoint.pt").exists()
-    require(args, "run_dir", lambda _: is_new, "a folder without a run, or given to --resume")
+    own = args.run_dir and (args.resume or Path(args.run_dir, "checkpoint.pt").exists())
+    require(args, "run_dir", lambda _: not own, "a folder without a run, and not beside --resume")
 
 
 def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script. Raises ValueError for any other folder."""
     path, script = Path(run_dir, "checkpoint.pt"), Path(__file__).stem
-    state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": "nothing"}
-    if state["script"] != script or state["args"].keys() != vars(Args()).keys():
-        what = f"holds a run of {state['script']}, must be one of this version of {script}"
-        raise ValueError(f"--resume {run_dir}: {what}")
+    state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": None}
+    if state["script"] != script or state["args"].keys() != Args.__dataclass_fields__.keys():
+        raise ValueError(f"--resume {run_dir}: must be a run of this version of {script}")
     return state
 
 
 def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     """The actor of a run, on the CPU and without gradients, its arguments and its tasks."""
     checkpoint = load_checkpoint(run_dir)
-    args = Args(**checkpoint["args"])
+    args = Args(**checkpoint["args"] | {"device": "cpu"})
     actor = make_networks(args)["actor"]
     actor.load_state_dict(checkpoint["actor"])
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
 class Run:
-    """A run's folder with its log and its checkpoint, its timestep and its progress bar."""
+    """A run's folder with log and checkpoint, its timestep and its bar. stride: timesteps of an
+    iteration; parts: what a checkpoint holds, by name, each with state_dict and load_state_dict."""
 
-    def __init__(self, args: Args, name: str, device: str, stride: int, parts: dict):
-        """stride: timesteps of an iteration; parts: what a checkpoint holds, each by its name."""
+    def __init__(self, args: Args, label: str, device: str, stride: int, parts: dict):
         self.args, self.stride, self.parts = args, stride, parts
         self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
-        self.last_timestep = args.total_timesteps // stride * stride
-        script = Path(__file__).stem
-        default = f"runs/{name}__{script}__{args.seed}__{time.time_ns() // 10**6}"
-        self.folder = Path(args.resume or args.run_dir or default)
+        name = f"{label}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
+        self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
+        check_run(args)  # again, now that nobody else writes to the folder
         if args.resume is not None:
             state = load_checkpoint(self.folder)
             self.timestep, self.evaluation = state["timestep"], state["evaluation"]
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
+                part.load_state_dict(state[name] | groups)  # the learning rate may be another one
+        left = max(0, args.total_timesteps - self.timestep) // stride * stride
+        self.last_timestep = self.timestep + left
+        self.start = self.timestep, time.monotonic()
         self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
@@ -835,7 +836,7 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"if it is stopped: python {script}.py --resume {self.folder}", flush=True)
+        print(f"if it is stopped: python {Path(__file__).name} --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
@@ -845,8 +846,8 @@ class Run:
 
     def end_iteration(self, scalars: dict[str, float]) -> None:
         """Log, show how the run goes, and save a checkpoint if it is time to."""
-        bar = self.bar.format_dict
-        scalars["charts/SPS"] = (self.timestep - bar["initial"]) / bar["elapsed"]
+        timestep, now = self.start
+        scalars["charts/SPS"] = (self.timestep - timestep) / (time.monotonic() - now)
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
         for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
@@ -861,7 +862,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
         state = dict(script=Path(__file__).stem, timestep=self.timestep, evaluation=self.evaluation)
-        state["args"] = asdict(self.args) | dict(resume=None, run_dir=None)
+        anywhere = dict(resume=None, run_dir=None, device=self.args.device.replace("cuda", "auto"))
+        state["args"] = asdict(self.args) | anywhere
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         partial_file = self.folder / "checkpoint.partial"
         torch.save(state, partial_file)
@@ -873,7 +875,7 @@ class Run:
         self.writer.close()
         columns = self.evaluation.values()
         print(f"{'task':20}", *(f"{what.replace('_', ' '):>18}" for what in self.evaluation))
-        for task in next(iter(columns)):
+        for task in next(iter(columns), ()):
             print(f"{task:20}", *(f"{column[task]:18.3f}" for column in columns))
         print(f"{'mean':20}", *(f"{np.mean([*column.values()]):18.3f}" for column in columns))
         print(f"finished: {self.folder}")
@@ -882,13 +884,13 @@ class Run:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")  # of a run whose arguments are the defaults of this one's
+    parser.add_argument("--resume")  # a run, whose arguments are the defaults
     run_dir = parser.parse_known_args()[0].resume
     try:
-        own = load_checkpoint(run_dir)["args"] if run_dir else {}
+        own = Args(**load_checkpoint(run_dir)["args"] if run_dir else {})
     except ValueError as error:
         parser.error(str(error))
     try:
-        train(tyro.cli(Args, default=Args(**own)))
+        train(tyro.cli(Args, default=own))
     except FloatingPointError as error:
         sys.exit(f"error: {error}")

@@ -52,7 +52,7 @@ class Args:
     # Tasks
     benchmark: Literal["MT10", "MT50"] = "MT10"  # tasks to train on
     env_names: tuple[str, ...] = ()  # Meta-World names instead (one: single-task SAC)
-    seed: int = 1  # of the networks, the environments and every draw
+    seed: int = 1  # random seed
     total_timesteps: int = 20_000_000  # environment steps over all tasks
     vectorization: Literal["async", "sync"] = "async"  # a process for each environment, or none
 
@@ -88,16 +88,18 @@ class Args:
     set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
 
     # Evaluation and plasticity metrics
-    eval_frequency: int = 200_000  # timesteps between two evaluations
+    eval_frequency: int = 200_000  # timesteps between two evaluations (0: one at the end)
     eval_episodes: int = 50  # episodes per task in an evaluation
-    plasticity_frequency: int = 200_000  # timesteps between two measurements
-    plasticity_batch_size: int = 1024  # observations measured on, over all tasks
-    dormant_tau: float = 0.001  # score up to which a neuron is dormant
+    plasticity_frequency: int = 200_000  # timesteps between two measurements (0: one at the end)
+    plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
+    dormant_tau: float = (
+        0.001  # mean |output| relative to its layer's, up to which a neuron is dormant
+    )
     srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
-    run_dir: str | None = None  # folder of log and checkpoint (default: runs/...)
+    run_dir: str | None = None  # folder of log and checkpoint; if none, a new one in runs/
     checkpoint_frequency: int = 20_000  # timesteps between two checkpoints
     resume: str | None = None  # run folder to go on with; its flags are the defaults
     num_threads: int = torch.get_num_threads()  # torch threads
@@ -113,7 +115,8 @@ class Args:
         num_tasks = len(task_ids(self))
         least, text = num_tasks * EPISODE_STEPS, "at least an episode of every task"
         check("total_timesteps", lambda x: x >= least, text)
-        check("learning_starts", lambda x: x < self.total_timesteps, "below --total-timesteps")
+        last = self.total_timesteps // least * least
+        check("learning_starts", lambda x: x < last, f"below the last timestep, {last}")
         batch = num_tasks * self.batch_size
         check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
         check_run(self)
@@ -224,7 +227,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     """Update the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
-    was pruned ranks last: while sparsity grows, it stays so. Needs network.layers, {name: how
+    was pruned stays so. Needs network.layers, {name: how
     many layers of one shape its weight stacks, 1 for a plain one}, and network.masks, {} at first,
     {name: zeros and ones in its weight's shape} then. apply_masks must follow every optimiser step.
     """
@@ -243,7 +246,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         keep = rows.shape[1] - round(sparsity * rows.shape[1])
         if keep < (1 if scope == "layer" else sum(network.layers.values())):
             raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
-        masks.append(keep_largest(rows, keep).flatten())
+        masks.append((keep_largest(rows, keep) * (rows >= 0)).flatten())
     masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
     for (name, weight), mask in zip(weights.items(), masks, strict=True):
         network.masks[name] = mask.view_as(weight)
@@ -265,12 +268,10 @@ def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
 
 
 def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
-    """Erdős–Rényi(-Kernel) densities: the share of active weights of each layer.
-
-    shapes: of the weights, (out, in) or (out, in, kh, kw). A density is in proportion to the sum of
-    a shape over its product; one scale makes 1 - sparsity of all weights active; what would pass 1
-    is dense. Source: Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels).
-    """
+    """Erdős–Rényi(-Kernel) densities, the shares of active weights, of layers with weights of these
+    shapes, (out, in) or (out, in, kh, kw): in proportion to the sum of a shape over its product, by
+    one scale that makes 1 - sparsity of all weights active; what would pass 1 is dense. Source:
+    Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels)."""
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
     dense = set()
@@ -325,8 +326,6 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
     what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
     """
-    if regrow not in ("random", "gradient") or grow not in ("zero", "init"):
-        raise ValueError(f"regrow: random or gradient, grow: zero or init, not {regrow}, {grow}")
     grown_before, kept_of_it = [], []
     for name, density in network.densities.items():
         layer = network.get_submodule(name)
@@ -513,10 +512,10 @@ def train(args: Args) -> Path:
     }
     buffer = ReplayBuffer(args.buffer_size, num_tasks, device)
     metrics_size = math.ceil(args.plasticity_batch_size / num_tasks)  # per task
-    name = "custom" if args.env_names else args.benchmark
+    label = "custom" if args.env_names else args.benchmark
     parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
     parts |= {"temperatures": temperatures, "buffer": buffer}
-    run = Run(args, name, device, num_tasks * EPISODE_STEPS, parts)
+    run = Run(args, label, device, num_tasks * EPISODE_STEPS, parts)
 
     num_updates = (run.last_timestep - args.learning_starts) // num_tasks * args.updates_per_step
     print(f"{num_updates:,} updates in all; the bar says how long, once they have begun")
@@ -768,51 +767,52 @@ def check_run(args: Args) -> None:
     """Raise ValueError for an argument that no script can have."""
     numbers = " ".join(name for name, x in vars(args).items() if isinstance(x, int | float))
     require(args, numbers, lambda x: 0 <= x < math.inf, "at least 0")
-    counts = "eval_episodes plasticity_batch_size num_threads"
-    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
     require(args, "sparsity srank_delta", lambda x: x < 1, "below 1")
     require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
-    is_new = args.resume or not args.run_dir or not Path(args.run_dir, "checkpoint.pt").exists()
-    require(args, "run_dir", lambda _: is_new, "a folder without a run, or given to --resume")
+    own = args.run_dir and (args.resume or Path(args.run_dir, "checkpoint.pt").exists())
+    require(args, "run_dir", lambda _: not own, "a folder without a run, and not beside --resume")
 
 
 def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script. Raises ValueError for any other folder."""
     path, script = Path(run_dir, "checkpoint.pt"), Path(__file__).stem
-    state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": "nothing"}
-    if state["script"] != script or state["args"].keys() != vars(Args()).keys():
-        what = f"holds a run of {state['script']}, must be one of this version of {script}"
-        raise ValueError(f"--resume {run_dir}: {what}")
+    state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": None}
+    if state["script"] != script or state["args"].keys() != Args.__dataclass_fields__.keys():
+        raise ValueError(f"--resume {run_dir}: must be a run of this version of {script}")
     return state
 
 
 def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
     """The actor of a run, on the CPU and without gradients, its arguments and its tasks."""
     checkpoint = load_checkpoint(run_dir)
-    args = Args(**checkpoint["args"])
+    args = Args(**checkpoint["args"] | {"device": "cpu"})
     actor = make_networks(args)["actor"]
     actor.load_state_dict(checkpoint["actor"])
     return actor.eval().requires_grad_(False), args, task_ids(args)
 
 
 class Run:
-    """A run's folder with its log and its checkpoint, its timestep and its progress bar."""
+    """A run's folder with log and checkpoint, its timestep and its bar. stride: timesteps of an
+    iteration; parts: what a checkpoint holds, by name, each with state_dict and load_state_dict."""
 
-    def __init__(self, args: Args, name: str, device: str, stride: int, parts: dict):
-        """stride: timesteps of an iteration; parts: what a checkpoint holds, each by its name."""
+    def __init__(self, args: Args, label: str, device: str, stride: int, parts: dict):
         self.args, self.stride, self.parts = args, stride, parts
         self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
-        self.last_timestep = args.total_timesteps // stride * stride
-        script = Path(__file__).stem
-        default = f"runs/{name}__{script}__{args.seed}__{time.time_ns() // 10**6}"
-        self.folder = Path(args.resume or args.run_dir or default)
+        name = f"{label}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
+        self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
+        check_run(args)  # again, now that nobody else writes to the folder
         if args.resume is not None:
             state = load_checkpoint(self.folder)
             self.timestep, self.evaluation = state["timestep"], state["evaluation"]
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
+                part.load_state_dict(state[name] | groups)  # the learning rate may be another one
+        left = max(0, args.total_timesteps - self.timestep) // stride * stride
+        self.last_timestep = self.timestep + left
+        self.start = self.timestep, time.monotonic()
         self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
@@ -821,7 +821,7 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"if it is stopped: python {script}.py --resume {self.folder}", flush=True)
+        print(f"if it is stopped: python {Path(__file__).name} --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
@@ -831,8 +831,8 @@ class Run:
 
     def end_iteration(self, scalars: dict[str, float]) -> None:
         """Log, show how the run goes, and save a checkpoint if it is time to."""
-        bar = self.bar.format_dict
-        scalars["charts/SPS"] = (self.timestep - bar["initial"]) / bar["elapsed"]
+        timestep, now = self.start
+        scalars["charts/SPS"] = (self.timestep - timestep) / (time.monotonic() - now)
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
         for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
@@ -847,7 +847,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
         state = dict(script=Path(__file__).stem, timestep=self.timestep, evaluation=self.evaluation)
-        state["args"] = asdict(self.args) | dict(resume=None, run_dir=None)
+        anywhere = dict(resume=None, run_dir=None, device=self.args.device.replace("cuda", "auto"))
+        state["args"] = asdict(self.args) | anywhere
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         partial_file = self.folder / "checkpoint.partial"
         torch.save(state, partial_file)
@@ -859,7 +860,7 @@ class Run:
         self.writer.close()
         columns = self.evaluation.values()
         print(f"{'task':20}", *(f"{what.replace('_', ' '):>18}" for what in self.evaluation))
-        for task in next(iter(columns)):
+        for task in next(iter(columns), ()):
             print(f"{task:20}", *(f"{column[task]:18.3f}" for column in columns))
         print(f"{'mean':20}", *(f"{np.mean([*column.values()]):18.3f}" for column in columns))
         print(f"finished: {self.folder}")
@@ -868,13 +869,13 @@ class Run:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")  # of a run whose arguments are the defaults of this one's
+    parser.add_argument("--resume")  # a run, whose arguments are the defaults
     run_dir = parser.parse_known_args()[0].resume
     try:
-        own = load_checkpoint(run_dir)["args"] if run_dir else {}
+        own = Args(**load_checkpoint(run_dir)["args"] if run_dir else {})
     except ValueError as error:
         parser.error(str(error))
     try:
-        train(tyro.cli(Args, default=Args(**own)))
+        train(tyro.cli(Args, default=own))
     except FloatingPointError as error:
         sys.exit(f"error: {error}")

@@ -277,12 +277,13 @@ class ObservationBuffer:
         self.added += obs.shape[1]
 
     def sample(self, size: int) -> Tensor:
-        """Draw size observations per task, with replacement: (task, size, *obs_shape)."""
+        """Draw size observations with replacement, the same number n of each task, rounded up: (task,
+        n, *obs_shape)."""
         if self.added == 0:
             raise ValueError("the observation buffer is empty")
         num_tasks, capacity = self.observations.shape[:2]
-        device = self.observations.device
-        slot = torch.randint(min(self.added, capacity), (num_tasks, size), device=device)
+        device, per_task = self.observations.device, -(-size // num_tasks)
+        slot = torch.randint(min(self.added, capacity), (num_tasks, per_task), device=device)
         return self.observations[torch.arange(num_tasks, device=device)[:, None], slot]
 
     def latest(self, size: int) -> Tensor:

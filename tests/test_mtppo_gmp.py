@@ -260,7 +260,7 @@ def test_no_transition_crosses_a_reset(monkeypatch, tmp_path, script, num_steps)
 
     for task in range(5):
         expected = plain_advantages(value, task, num_steps, args.gamma, args.gae_lambda)
-        values = [value(task, obs.numpy()) for obs in rollout.views[rollout.view[task]]]
+        values = [value(task, obs.numpy()) for obs in rollout.views[rollout.index[task]]]
         returns = [a + v for a, v in zip(expected, values, strict=True)]
         assert seen["returns"][task].tolist() == pytest.approx(returns, abs=1e-5)
         standardised = (np.array(expected) - np.mean(expected)) / (np.std(expected) + 1e-8)
@@ -302,7 +302,7 @@ def test_actions_are_draws_from_the_policy(script):
     policy = table_of(actor, envs, script)
     rollout, _ = script.collect(envs, policy, [0, 1], num_steps, 100, renew)
     assert rollout.counts == [4, 4]
-    obs = rollout.views[rollout.view]
+    obs = rollout.views[rollout.index]
     for network, steps in ((before, slice(0, 8000)), (after[0], slice(8000, None))):
         actions, places = rollout.action[:, steps], obs[:, steps, 0, 0, 0]
         policy = torch.distributions.Categorical(logits=apply(network, obs[:, steps]))
@@ -331,10 +331,10 @@ def test_a_rollout_holds_what_happened(script):
         obs, _ = env.reset(seed=3 + task)
         ended = []
         for step in range(250):
-            assert (rollout.views[rollout.view[task, step]].numpy() == obs).all()
+            assert (rollout.views[rollout.index[task, step]].numpy() == obs).all()
             action = rollout.action[task, step].item()
             obs, reward, terminated, truncated, info = env.step(action)
-            assert (rollout.views[rollout.next_view[task, step]].numpy() == obs).all()
+            assert (rollout.views[rollout.next_index[task, step]].numpy() == obs).all()
             assert rollout.reward[task, step].item() == pytest.approx(reward)
             assert rollout.terminated[task, step] == terminated
             assert rollout.done[task, step] == (terminated or truncated)
@@ -864,7 +864,7 @@ def hygiene(script, plant=None, **flags):
         rollout, advantages = plant(rollout, advantages)
     backward = dict(backward=script.pcgrad_backward) if flags.get("pcgrad") else {}
     with OneDevice():
-        buffer.add(rollout.views[script.to_device(rollout.view, "meta")])
+        buffer.add(rollout.views[script.to_device(rollout.index, "meta")])
         _, returns, _ = script.estimate_advantages(critic, rollout, args)
         script.update_critic(critic, optimizers[1], rollout, returns, args, **backward)
         script.update_actor(actor, optimizers[0], rollout, advantages, args, **backward)
@@ -945,7 +945,7 @@ def test_metrics_and_rollouts_make_every_tensor_on_the_models_device(script):
         policy = table_of(actor, envs, script)
         policy.refresh(buffer.latest(40).cpu().numpy())
         rollout, _ = script.collect(envs, policy, [0, 1, 2], 40)
-        buffer.add(rollout.views[script.to_device(rollout.view, "cpu")])
+        buffer.add(rollout.views[script.to_device(rollout.index, "cpu")])
         script.measure_plasticity(networks, buffer.sample(8), args)
         measure_sparsity(networks)
         script.estimate_advantages(critic, rollout, args)

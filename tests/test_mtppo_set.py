@@ -347,13 +347,6 @@ def test_guided_growth_without_a_gradient_is_refused():
         script.evolve(network, Adam(network.parameters()), 0.3, "gradient", "zero")
 
 
-@pytest.mark.parametrize("rules", [("rigl", "zero"), ("random", "initial")])
-def test_rules_that_it_does_not_know_are_refused(rules):
-    network = sparse_network()
-    with pytest.raises(ValueError, match=f"not {rules[0]}, {rules[1]}"):
-        script.evolve(network, Adam(network.parameters()), 0.3, *rules)
-
-
 @pytest.mark.parametrize("script", [script, moe_sparse, moore_sparse, mtsac_sparse_metaworld])
 def test_masks_are_made_on_the_networks_device(script):
     """meta stands for cuda: no tensor of a network may stay on the CPU."""
