@@ -37,7 +37,7 @@ def rollout_on_cuda(script, num_tasks, num_steps):
 
 @MINIGRID
 def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
-    """With every method; the first iteration's losses, before rounding has spread. SET's first masks
+    """With every method; the first iteration's losses, before rounding spreads. SET's first masks
     are drawn on the device, whose draws are others: here the CPU's."""
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape).to(x.device))
     runs = {}
