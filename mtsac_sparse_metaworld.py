@@ -116,7 +116,7 @@ class Args:
         least, text = num_tasks * EPISODE_STEPS, "at least an episode of every task"
         check("total_timesteps", lambda x: x >= least, text)
         last = self.total_timesteps // least * least
-        check("learning_starts", lambda x: x < last, f"below the last timestep, {last}")
+        check("learning_starts", lambda x: x < last, f"below {last}, the last timestep")
         batch = num_tasks * self.batch_size
         check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
         check_run(self)
@@ -518,7 +518,8 @@ def train(args: Args) -> Path:
     run = Run(args, label, device, num_tasks * EPISODE_STEPS, parts)
 
     num_updates = (run.last_timestep - args.learning_starts) // num_tasks * args.updates_per_step
-    print(f"{num_updates:,} updates in all; the bar says how long, once they have begun")
+    text = f"{num_updates:,} updates in all; the bar says how long, once they have begun"
+    print(text, flush=True)
 
     while run.timestep < run.last_timestep:
         # One episode of every task, with an update after each step

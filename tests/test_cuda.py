@@ -1,9 +1,10 @@
 """On a GPU: whole runs, waits of the hot loop, and runs that change the device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from test_mtppo_gmp import random_rollout
-from test_runs import SCRIPTS, checkpoint, flags_of, scalars
+from test_runs import checkpoint, flags_of, scalars
 
 import moe_sparse
 import moore_sparse
@@ -17,13 +18,26 @@ MINIGRID = pytest.mark.parametrize(
 )
 
 
-def on_cuda(*tensors):
-    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in tensors]
+def rollout_on_cuda(script, num_tasks, num_steps):
+    """Each step of each task with a view of its own."""
+    view = torch.arange(num_tasks * num_steps).view(num_tasks, num_steps)
+    flag = torch.zeros(view.shape, dtype=torch.bool, device="cuda")
+    return script.Rollout(
+        views=torch.randint(0, 11, (view.numel(), 7, 7, 3), dtype=torch.uint8).cuda(),
+        counts=[num_steps] * num_tasks,
+        view=view.numpy(),
+        next_view=view.roll(-1, 1).numpy(),
+        action=torch.randint(0, 7, view.shape).cuda(),
+        log_prob=torch.full(view.shape, -2.0, device="cuda"),
+        reward=torch.rand(view.shape).cuda(),
+        terminated=flag,
+        done=flag,
+    )
 
 
 @MINIGRID
 def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
-    """With every arm; the first iteration's losses, before rounding has spread. SET's first masks
+    """With every method; the first iteration's losses, before rounding spreads. SET's first masks
     are drawn on the device, whose draws are others: here the CPU's."""
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape).to(x.device))
     runs = {}
@@ -41,10 +55,12 @@ def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
 
 @MINIGRID
 def test_updates_do_not_wait_for_the_device(script):
-    args = script.Args(update_epochs=1, minibatch_size=20)
+    sizes = dict(minibatch_size=20, critic_minibatch_size=20)
+    args = script.Args(update_epochs=1, critic_epochs=1, **sizes)
     networks = script.make_networks(args, "cuda")
-    rollout = script.Rollout(*on_cuda(*random_rollout(5)[0]))
-    targets = torch.randn(5, 40, device="cuda")
+    num_tasks = len(script.task_ids(args))
+    rollout = rollout_on_cuda(script, num_tasks, 40)
+    targets = torch.randn(num_tasks, 40, device="cuda")
     for name, update in (("actor", script.update_actor), ("critic", script.update_critic)):
         optimizer = torch.optim.Adam(networks[name].parameters(), fused=True)
         update(networks[name], optimizer, rollout, targets, args)  # the first one makes its state
@@ -56,7 +72,7 @@ def test_updates_do_not_wait_for_the_device(script):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+@MINIGRID
 def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(script, tmp_path):
     short = flags_of(script, total_timesteps=100)
     script.train(script.Args(**short, device="cuda", run_dir=str(tmp_path)))
@@ -87,3 +103,26 @@ def test_sac_updates_do_not_wait_for_the_device(tmp_path):
             script.update(networks, log_alpha, optimizers, buffer.sample(8), args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_sac_run_changes_the_device(tmp_path):
+    script = mtsac_sparse_metaworld
+    args = script.Args(
+        env_names=("reach-v3",),
+        total_timesteps=500,
+        learning_starts=450,
+        batch_size=4,
+        vectorization="sync",
+        prune="both",
+        prune_frequency=100,
+        eval_episodes=1,
+        run_dir=str(tmp_path),
+        device="cuda",
+    )
+    script.train(args)
+    for device, timesteps in (("cpu", 1000), ("cuda", 1500)):
+        changes = dict(device=device, total_timesteps=timesteps)
+        script.train(replace(args, resume=str(tmp_path), **changes))
+        assert checkpoint(tmp_path)["timestep"] == timesteps
+    actor, _, _ = script.load_agent(str(tmp_path))
+    assert all(mask.device.type == "cpu" for mask in actor.masks.values())
