@@ -101,7 +101,7 @@ def time_train(script: str, flags: dict) -> None:
     for (_, _, start), end in zip(logs[:-1], ends, strict=True):
         seconds = dict(environments=0.0, update=0.0, sum=end - start)
         for phase, called, returned in spans:
-            if phase in seconds and start < called < end:
+            if phase in seconds and start <= called < end:
                 seconds[phase] += returned - called
         seconds["rest"] = seconds["sum"] - seconds["environments"] - seconds["update"]
         iterations.append(seconds)
