@@ -65,8 +65,8 @@ def test_seconds_on_a_clock_of_our_own(capsys, monkeypatch, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mtppo_gmp.py").write_text(SCRIPT.replace("args.slow", str(slow)))
     monkeypatch.setattr(speed, "ROOT", tmp_path / "ours")
-    flags = dict(methods=("MTPPO GMP",), against=tmp_path / "theirs", rounds=2)
-    rows = table(capsys, **flags, iterations=3)
+    flags = dict(methods=("MTPPO GMP",), against=tmp_path / "theirs", rounds=1)
+    rows = table(capsys, **flags, iterations=2)
     ours, theirs = rows["MTPPO GMP"], rows["MTPPO GMP, other"]
     columns = "environments update rest sum metrics evaluation".split()
     assert [float(ours[c]) for c in columns] == [8 + 2 * 16, 7, 1, 48, 100, 16]
