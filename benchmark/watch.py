@@ -12,7 +12,6 @@ import importlib
 import math
 import os
 import sys
-import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,9 +22,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from sweep import ROOT, fail
 
-SCRIPTS = [path.stem for path in ROOT.glob("*.py") if path.stem != "plasticity_metrics"]
 SIZE, CAPTION = 160, 54  # pixels of a task's picture, square, and of the three lines below it
 MAX_FRAMES, HOLD, MILLISECONDS = 200, 5, 120  # of a GIF; of an episode's end; of a frame
 NUM_COLORS = 128
@@ -40,29 +37,14 @@ class Args:
     episodes: int = 3  # episodes of each task
     seed: int = 1  # seed of the episodes
 
-
-def check_args(args: Args) -> str:
-    """Refuse what cannot be shown, before anything is played; the name of the run's script."""
-    if args.episodes < 1:
-        fail(f"--episodes {args.episodes}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        fail(f"--seed {args.seed}: must be in [0, 2^63)")
-    try:
-        path = args.run_dir / "checkpoint.pt"
-        name = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
-    except (FileNotFoundError, NotADirectoryError):
-        fail(f"{args.run_dir}: holds no checkpoint.pt, must be the folder of a run")
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        fail(f"{args.run_dir}: checkpoint.pt is not of a run ({type(error).__name__})")
-    if name not in SCRIPTS:
-        fail(f"{args.run_dir}: checkpoint.pt is of {name}, must be of one of {', '.join(SCRIPTS)}")
-    try:
-        if args.out.is_dir():
-            raise IsADirectoryError(0, "is a folder")
-        tempfile.TemporaryFile(dir=args.out.parent).close()
-    except OSError as error:
-        fail(f"--out {args.out}: must be a file that can be written ({error.strerror})")
-    return name
+    def __post_init__(self):
+        if not (self.run_dir / "checkpoint.pt").is_file():
+            raise ValueError(f"{self.run_dir}: holds no checkpoint.pt, must be the folder of a run")
+        if self.episodes < 1 or self.seed < 0:
+            what = f"--episodes {self.episodes} --seed {self.seed}"
+            raise ValueError(f"{what}: must be at least 1 and at least 0")
+        if self.out and not self.out.absolute().parent.is_dir():
+            raise ValueError(f"--out {self.out}: must be a file in a folder that there is")
 
 
 def check_renderer() -> None:
@@ -76,22 +58,22 @@ def check_renderer() -> None:
             mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), SIZE, SIZE).close()
     except Exception as error:  # a renderer that does not work raises anything
         sys.unraisablehook = lambda _: None  # what it made by half complains when it is freed
-        fail(
-            f"MuJoCo cannot render ({type(error).__name__}): install libegl1 (Debian, Ubuntu), or "
-            "libosmesa6 and set MUJOCO_GL=osmesa"
+        sys.exit(
+            f"error: MuJoCo cannot render ({type(error).__name__}): install libegl1 and "
+            "libgl1-mesa-dri (Debian, Ubuntu), or libosmesa6 and set MUJOCO_GL=osmesa"
         )
 
 
 class Recorder(gym.Wrapper):
-    """Notes the seed and the actions of each episode, which is then played once more from them."""
+    """Notes how each episode was reset and its actions; it is played once more from them."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.episodes = []  # (seed, actions)
+        self.episodes = []  # (arguments of reset, actions)
 
-    def reset(self, *, seed: int, options=None):
-        self.episodes.append((seed, []))
-        return self.env.reset(seed=seed)
+    def reset(self, **how):
+        self.episodes.append((how, []))
+        return self.env.reset(**how)
 
     def step(self, action):
         self.episodes[-1][1].append(action)
@@ -99,9 +81,9 @@ class Recorder(gym.Wrapper):
 
 
 def play(script, args: Args) -> dict[str, tuple[gym.Env, list]]:
-    """Play the episodes; task -> its environment, (seed, actions) of each of its episodes."""
+    """Play the episodes; task -> its environment, (reset, actions) of each of its episodes."""
     actor, agent_args, tasks = script.load_agent(str(args.run_dir))
-    if script.__name__ == "mtsac_sparse_metaworld":
+    if hasattr(script, "evaluate_mode"):  # Meta-World
         vector_env = script.make_vector_env(replace(agent_args, vectorization="sync"))
         vector_env.envs = [Recorder(env) for env in vector_env.envs]
         goals = script.draw_goals(args.seed, len(tasks), args.episodes)
@@ -110,7 +92,8 @@ def play(script, args: Args) -> dict[str, tuple[gym.Env, list]]:
     else:
         envs = [[Recorder(script.make_env(task)) for _ in range(args.episodes)] for task in tasks]
         seeds = script.seed_all(args.seed, script.EVALUATION, 0, len(tasks) * args.episodes)
-        script.evaluate(actor, envs, seeds, "cpu")
+        space = envs[0][0].observation_space
+        script.evaluate(script.PolicyTable(actor, space, len(tasks), "cpu"), envs, seeds)
     return {
         task: (recorders[0].env, [episode for each in recorders for episode in each.episodes])
         for task, recorders in zip(tasks, envs, strict=True)
@@ -144,9 +127,9 @@ def film(task: str, env: gym.Env, episodes: list) -> list[tuple[np.ndarray, list
     room = max(1, MAX_FRAMES // len(episodes) - HOLD)
     shots = []
     with camera(env) as picture:
-        for number, (seed, actions) in enumerate(episodes, 1):
+        for number, (how, actions) in enumerate(episodes, 1):
             stride = math.ceil(len(actions) / room)
-            env.reset(seed=seed)
+            env.reset(**how)
             episodic_return = 0.0
             for step in range(len(actions) + 1):
                 if step > 0:
@@ -171,43 +154,36 @@ def mosaic(films: list, t: int) -> Image.Image:
         h, w = frame.shape[:2]
         image.paste(Image.fromarray(frame), (x + (SIZE - w) // 2, y + (SIZE - h) // 2))
         for line, text in enumerate(caption):
-            size = 14
-            while ImageFont.load_default(size).getlength(text) > SIZE - 8:
-                size -= 1  # a long name in small letters
+            room = (SIZE - 8) / ImageFont.load_default(14).getlength(text)
+            font = ImageFont.load_default(14 * min(1, room))  # a long name in small letters
             place = x + SIZE // 2, y + SIZE + 10 + 17 * line
-            draw.text(place, text, "black", ImageFont.load_default(size), anchor="mm")
+            draw.text(place, text, "black", font, anchor="mm")
     return image
 
 
 def write_gif(films: list, out: Path) -> int:
-    """Write the films side by side, whole or not at all; returns the number of frames."""
+    """Write the films side by side; returns the number of frames."""
     num_frames = max(len(shots) for shots in films)
     some = [np.asarray(mosaic(films, t)) for t in range(0, num_frames, 1 + num_frames // 20)]
     far_apart = Image.Quantize.MAXCOVERAGE  # the few red pixels of a door stay red
     palette = Image.fromarray(np.concatenate(some)).quantize(NUM_COLORS, far_apart)
     plain = dict(palette=palette, dither=Image.Dither.NONE)
-    frames = [mosaic(films, t).quantize(**plain) for t in range(num_frames)]
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    timing = dict(duration=MILLISECONDS, loop=0)
-    try:
-        frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], **timing)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    first, *others = (mosaic(films, t).quantize(**plain) for t in range(num_frames))
+    first.save(out, "GIF", save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
     return num_frames
 
 
 def watch(args: Args) -> None:
     """Write the GIF of a run's agent."""
-    args = replace(args, out=args.out or args.run_dir / "agent.gif")
-    name = check_args(args)
-    if name == "mtsac_sparse_metaworld":
+    out = args.out or args.run_dir / "agent.gif"
+    checkpoint = torch.load(args.run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
+    if checkpoint["script"].startswith("mtsac"):
         check_renderer()
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     torch.set_num_threads(1)  # many tiny operations
-    played = play(importlib.import_module(name), args)
-    num_frames = write_gif([film(task, *episodes) for task, episodes in played.items()], args.out)
-    print(f"{args.out}: {num_frames} frames, {args.out.stat().st_size:,} bytes")
+    played = play(importlib.import_module(checkpoint["script"]), args)
+    num_frames = write_gif([film(task, *episodes) for task, episodes in played.items()], out)
+    print(f"{out}: {num_frames} frames, {out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
