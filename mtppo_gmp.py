@@ -77,7 +77,7 @@ class Args:
     weight_decay: float = 0.0  # L2 coefficient of Adam
     layer_norm: bool = False  # LayerNorm before each nonlinearity, without gain and bias
     redo_frequency: int = 0  # timesteps between two uses of ReDo, Sokar et al. 2023 (0: off)
-    redo_tau: float = 0.001  # mean |output| relative to its layer's, up to which ReDo acts
+    redo_tau: float = 0.001  # mean |output| over its layer's, up to which ReDo acts
     reset_frequency: int = 0  # timesteps between output resets, Nikishin et al. 2022 (0: off)
     max_resets: int = 2  # largest number of resets in a run
     pcgrad: bool = False  # project conflicting task gradients (Yu et al. 2020)
@@ -88,9 +88,7 @@ class Args:
     plasticity_frequency: int = 10_000  # timesteps between two measurements (0: one at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
     plasticity_buffer_size: int = 100_000  # latest observations to draw them from
-    dormant_tau: float = (
-        0.001  # mean |output| relative to its layer's, up to which a neuron is dormant
-    )
+    dormant_tau: float = 0.001  # mean |output| over its layer's, up to which a neuron is dormant
     srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
@@ -101,6 +99,7 @@ class Args:
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
+        check_run(self)
         check = partial(require, self)
         check("num_steps update_epochs minibatch_size", lambda x: x >= 1, "at least 1")
         check("critic_epochs critic_minibatch_size prune_frequency", lambda x: x >= 1, "at least 1")
@@ -110,7 +109,6 @@ class Args:
         for name in ("redo_frequency", "reset_frequency"):
             check(name, lambda x: x == 0 or x >= self.num_steps, "0 or at least --num-steps")
         check_tasks(self)
-        check_run(self)
 
 
 # Networks

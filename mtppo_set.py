@@ -78,9 +78,7 @@ class Args:
     plasticity_frequency: int = 10_000  # timesteps between two measurements (0: one at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
     plasticity_buffer_size: int = 100_000  # latest observations to draw them from
-    dormant_tau: float = (
-        0.001  # mean |output| relative to its layer's, up to which a neuron is dormant
-    )
+    dormant_tau: float = 0.001  # mean |output| over its layer's, up to which a neuron is dormant
     srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
@@ -91,6 +89,7 @@ class Args:
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
+        check_run(self)
         check = partial(require, self)
         check("num_steps update_epochs minibatch_size", lambda x: x >= 1, "at least 1")
         check("critic_epochs critic_minibatch_size", lambda x: x >= 1, "at least 1")
@@ -98,7 +97,6 @@ class Args:
         check("total_timesteps", lambda x: x >= self.num_steps, "at least --num-steps")
         check("set_frequency", lambda x: x == 0 or x >= self.num_steps, "0 or at least --num-steps")
         check_tasks(self)
-        check_run(self)
 
 
 # Networks

@@ -92,9 +92,7 @@ class Args:
     eval_episodes: int = 50  # episodes per task in an evaluation
     plasticity_frequency: int = 200_000  # timesteps between two measurements (0: one at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
-    dormant_tau: float = (
-        0.001  # mean |output| relative to its layer's, up to which a neuron is dormant
-    )
+    dormant_tau: float = 0.001  # mean |output| over its layer's, up to which a neuron is dormant
     srank_delta: float = 0.01  # singular values' share left out of the effective rank
 
     # Run
@@ -105,6 +103,7 @@ class Args:
     num_threads: int = torch.get_num_threads()  # torch threads
 
     def __post_init__(self):
+        check_run(self)
         check = partial(require, self)
         check("batch_size updates_per_step", lambda x: x >= 1, "at least 1")
         check("prune_frequency set_frequency", lambda x: x >= 1, "at least 1")
@@ -119,7 +118,6 @@ class Args:
         check("learning_starts", lambda x: x < last, f"below {last}, the last timestep")
         batch = num_tasks * self.batch_size
         check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
-        check_run(self)
 
 
 # Networks
