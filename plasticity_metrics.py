@@ -277,8 +277,8 @@ class ObservationBuffer:
         self.added += obs.shape[1]
 
     def sample(self, size: int) -> Tensor:
-        """Draw size observations with replacement, the same number n of each task, rounded up: (task,
-        n, *obs_shape)."""
+        """Draw size observations with replacement, as many of each task, rounded up: (task, n,
+        *obs_shape)."""
         if self.added == 0:
             raise ValueError("the observation buffer is empty")
         num_tasks, capacity = self.observations.shape[:2]

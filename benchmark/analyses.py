@@ -4,6 +4,8 @@ The first three are of results.csv files, the last of run folders (of MiniGrid, 
 
     python benchmark/analyses.py benchmark/results/experiment1_mt5_mtppo/results.csv
     python benchmark/analyses.py runs/sweep
+    python benchmark/analyses.py benchmark/results/{experiment1_mt5_mtppo,stress}/results.csv \
+        --learning-rates benchmark/results/stress/learning_rates.png
 """
 
 import importlib
@@ -15,7 +17,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from report import Run, call_by_arguments, group, paper_method, read_results, table
+from report import (
+    COLOURS,
+    MARKERS,
+    Run,
+    call_by_arguments,
+    finish,
+    group,
+    interval,
+    iqm,
+    paper_method,
+    read_results,
+    subplots,
+    table,
+)
+from scipy.stats import t
 from subnetworks import load_checkpoint
 from sweep import ROOT, fail
 
@@ -28,6 +44,7 @@ class Args:
     """Tables behind the results page."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]  # results.csv files, folders of run folders
+    learning_rates: Path | None = None  # picture of score, rank and dormancy by learning rate
 
 
 def solved_tasks(runs: list[Run]) -> str:
@@ -72,6 +89,39 @@ def grown_kept(runs: list[Run]) -> str:
         rows.append([benchmark, method, *cells])
     columns = "benchmark, method, actor early, actor late, critic early, critic late"
     return table(columns.split(", "), rows)
+
+
+def plot_learning_rates(runs: list[Run], path: Path) -> None:
+    """Score (IQM with interval), rank and dormancy of the actor (means with Student's interval) at
+    the end, by learning rate, for dense, GMP and SET: a small mark per run."""
+    runs = [run for run in runs if run.row in ("MTPPO dense", "MTPPO GMP", "MTPPO SET")]
+    rates = sorted({float(run.args["actor_lr"]) for run in runs})
+    figure, axes = subplots(1, 3, 2.4, sharey=False)
+    shown = {
+        "normalized return": lambda run: run.scores[-1].mean(),
+        "effective rank, actor": lambda run: run.metrics["actor_effective_rank"][-1],
+        "dormant, actor (%)": lambda run: 100 * run.metrics["actor_dormant_ratio"][-1],
+    }
+    for panel, (title, value) in zip(axes.flat, shown.items(), strict=True):
+        for number, (method, own) in enumerate(group(runs, "row").items()):
+            style = dict(color=COLOURS[number], marker=MARKERS[number])
+            centres = []
+            for i, rate in enumerate(rates):
+                x = np.array([value(run) for run in own if float(run.args["actor_lr"]) == rate])
+                place = i + 0.15 * (number - 1)
+                panel.scatter(np.full(len(x), place), x, s=6, alpha=0.5, linewidths=0, **style)
+                if title == "normalized return":
+                    centre, limits = iqm(x), interval(iqm, x)
+                else:
+                    half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+                    centre, limits = x.mean(), (x.mean() - half, x.mean() + half)
+                panel.vlines(place, *limits, color=style["color"], linewidth=1.2)
+                centres.append((place, centre))
+            label = method[0].removeprefix("MTPPO ")
+            panel.plot(*zip(*centres, strict=True), **style, markersize=5, linewidth=1, label=label)
+        panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        panel.set(title=title, xlabel="learning rate", ylim=(0, None))
+    finish(figure, path)
 
 
 def count_neurons(
@@ -148,6 +198,9 @@ def analyses(args: Args) -> None:
         print(
             "Share of grown weights that the next update keeps:\n", grown_kept(runs), "", sep="\n"
         )
+    if args.learning_rates:
+        every = {run.name: run for path in files for run in read_results(path)}
+        plot_learning_rates([*every.values()], args.learning_rates)
     others = sorted(set(args.paths) - set(files))
     folders = [file.parent for path in others for file in sorted(path.rglob("checkpoint.pt"))]
     found = [read for folder in folders if (read := read_neurons(folder))]

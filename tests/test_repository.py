@@ -156,3 +156,10 @@ def test_the_algorithm_comes_first(path):
     assert not any(isinstance(node, nested) for node in ast.walk(train) if node is not train)
     rest = source.splitlines()[train.end_lineno :]
     assert next(line for line in rest if line).startswith("# ======== Support")
+
+
+def test_tables_of_the_pages_are_those_of_the_reports():
+    reports = "".join(p.read_text() for p in (ROOT / "benchmark/results").glob("*/report.md"))
+    for page in (ROOT / "README.md", ROOT / "benchmark/results/README.md"):
+        rows = re.findall(r"^\| MT\d .*$", page.read_text(), re.M)
+        assert len(rows) > 5 and not [row for row in rows if row not in reports]
