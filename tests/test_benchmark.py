@@ -32,7 +32,6 @@ sys.path.append(str(ROOT / "benchmark"))
 
 import analyses  # noqa: E402
 import report  # noqa: E402
-import speed  # noqa: E402
 import sweep  # noqa: E402
 
 STUDIES = sorted((ROOT / "benchmark" / "studies").glob("*.toml"))
@@ -623,27 +622,6 @@ def test_neurons_are_counted_as_a_run_measures_them(script, tmp_path, capsys):
 
 
 # Speed
-
-
-def test_speed_refuses_what_it_cannot_do(tmp_path, capsys):
-    for args, message in (
-        (speed.Args(arms=("PPO",)), "--arms PPO: must be of MTPPO dense, "),
-        (speed.Args(rounds=0), "--rounds 0: must be at least 1"),
-        (speed.Args(against=tmp_path), "must be a checkout"),
-    ):
-        assert message in one_line_of_error(capsys, speed.speed, args)
-
-
-def test_speed_prints_phases_shares_and_the_ratio(capsys, monkeypatch):
-    small = "mtppo_set", dict(num_steps=200, set_frequency=200), 200
-    monkeypatch.setitem(speed.ARMS, "MTPPO SET", small)
-    speed.speed(speed.Args(arms=("MTPPO SET",), against=ROOT, rounds=1, iterations=1))
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| MTPPO")]
-    name, *phases, total, own, products, ratio = [cell.strip() for cell in rows[0].split("|")[1:-1]]
-    assert name == "MTPPO SET" and "other" in rows[1]
-    assert sum(map(float, phases)) == pytest.approx(float(total), abs=0.03)
-    assert 5 < float(own.strip("%")) < 90 and 5 < float(products.strip("%")) < 90
-    assert 0.3 < float(ratio.split()[0]) < 3
 
 
 # Studies

@@ -86,8 +86,8 @@ def last_of_each_episode(shots):
 
 @on_every_script
 def test_returns_and_lengths_are_those_of_the_episodes_played_plainly(script, tiny_run):
-    films = films_of(script, tiny_run(script), episodes=2, seed=3)
-    played = play_plainly(script, tiny_run(script), 3, 2)
+    films = films_of(script, tiny_run(script), episodes=2, seed=5)
+    played = play_plainly(script, tiny_run(script), 5, 2)
     assert films.keys() == played.keys() and len(films) == 3
     assert sum(r for pairs in played.values() for r, _ in pairs) > 0  # else it shows nothing
     for task, pairs in played.items():
