@@ -138,10 +138,11 @@ def gram_schmidt(features: Tensor, tolerance: float = 1e-6) -> Tensor:
     What is left of a feature that depends on those before it (not more than the share tolerance of
     its length, or 1e-12) becomes zero, with a zero gradient: to divide it by its length, or by an
     epsilon, would train on amplified rounding.
-    Raises ValueError if k > D.
+    Raises ValueError if k > D, or for half precision, in which tolerance is lost.
     """
-    if features.shape[-2] > features.shape[-1]:
-        raise ValueError(f"features: at most D of (..., k, D), not {tuple(features.shape)}")
+    if features.shape[-2] > features.shape[-1] or features.dtype.itemsize < 4:
+        what = f"{features.dtype} {tuple(features.shape)}"
+        raise ValueError(f"features: float32 or float64 (..., k, D), k at most D, not {what}")
     basis = []
     for feature in features.unbind(-2):  # (..., D)
         rest = feature
