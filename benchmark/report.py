@@ -59,6 +59,7 @@ METRICS = {
     "actor_effective_rank": "effective rank, actor",
     "critic_effective_rank": "effective rank, critic",
     "fisher_trace": "Fisher trace, actor",
+    "critic_error": "squared error of Q",  # of MT-SAC alone
 }
 # Okabe and Ito's colours, which differ with any colour vision; markers for print in grey
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -566,24 +567,35 @@ def details_table(runs: list[Run]) -> str:
     return table(columns.split(", "), rows)
 
 
+def measured(runs: list[Run]) -> dict[str, str]:
+    """METRICS that some of these runs have."""
+
+    def has(name):
+        return np.isfinite(np.concatenate([run.metrics[name] for run in runs])).any()
+
+    return {name: label for name, label in METRICS.items() if has(name)}
+
+
 def plasticity_table(runs: list[Run]) -> str:
     """Means over seeds of every metric, per method and benchmark."""
-    rows = []
+    rows, columns = [], ["benchmark", "method", "dormant", "effective rank", "Fisher trace"]
+    errors = ["critic_error"] if "critic_error" in measured(runs) else []
     for (benchmark, method), own in group(runs, "benchmark", "method").items():
         means = {name: np.mean([run.metric(name) for run in own]) for name in METRICS}
         dormant = [100 * means[f"{name}_dormant_ratio"] for name in ("actor", "critic")]
         ranks = [means[f"{name}_effective_rank"] for name in ("actor", "critic")]
         cells = ["{:.1f} / {:.1f} %".format(*dormant), "{:.0f} / {:.0f}".format(*ranks)]
-        rows.append([benchmark, method, *cells, f"{means['fisher_trace']:.4g}"])
-    return table("benchmark, method, dormant, effective rank, Fisher trace".split(", "), rows)
+        cells += [f"{means[name]:.4g}" for name in ["fisher_trace", *errors]]
+        rows.append([benchmark, method, *cells])
+    return table(columns + [METRICS[name] for name in errors], rows)
 
 
 def plasticity_differences(runs: list[Run]) -> str:
     """Every metric less that of the method compared with, means over the seeds that both have."""
-    rows = []
+    rows, metrics = [], measured(runs)
     for (benchmark, method), pair in matched(runs).items():
         cells = [benchmark, method, pair[1][0].method]
-        for name in METRICS:
+        for name in metrics:
             sides = [np.array([run.metric(name) for run in side]) for side in pair]
             difference = sides[0] - sides[1]
             scale, decimals = (100, 2) if name.endswith("dormant_ratio") else (1, 0)
@@ -595,7 +607,7 @@ def plasticity_differences(runs: list[Run]) -> str:
         rows.append(cells)
     if not rows:
         return "No two methods of two seeds."
-    return table(["benchmark", "method", "against", *METRICS.values()], rows)
+    return table(["benchmark", "method", "against", *metrics.values()], rows)
 
 
 def describe_left_out(runs: list[Run]) -> str:
@@ -701,8 +713,8 @@ def plot_learning_curves(runs: list[Run], path: Path) -> None:
 
 def plot_plasticity(runs: list[Run], path: Path) -> None:
     """Plasticity metrics over training, a row per architecture and benchmark."""
-    rows, shown = group(runs, "architecture", "benchmark"), dict(METRICS)
-    del shown["critic_effective_rank"]
+    rows, shown = group(runs, "architecture", "benchmark"), measured(runs)
+    shown.pop("critic_effective_rank", None)
     figure, axes = subplots(len(rows), len(shown), 1.7, sharey=False)
     for (title, own), row in zip(rows.items(), axes, strict=True):
         for panel, metric in zip(row, shown, strict=True):

@@ -123,21 +123,27 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
         check(right, f"{name}: seeds must be some of the study's, each once")
         check(script.is_file() and script.suffix == ".py", f"{name}: {script} is not a script")
         check(isinstance(flags, dict), f"{name}: flags must be a table")
-        given = []
+        given, words[name] = [], []
         for flag, value in sorted(flags.items()):
             check(flag not in OWN_FLAGS, f"{name}: --{flag} is not a method's to give")
             check("_" not in flag, f"{name}: --{flag} must be written with hyphens")
-            right = type(value) in (bool, int, float, str) and "/" not in str(value)
-            check(right, f"{name}: --{flag} {value}: must be number, true, false or text without /")
-            switch = flag if value else f"no-{flag}"
-            given.append(switch if isinstance(value, bool) else f"{flag}={value}")
+            right = type(value) in (bool, int, float, str) or distinct(value, str)
+            allowed = "number, true, false, text without /, or a list of texts"
+            check(right and "/" not in str(value), f"{name}: --{flag} {value}: must be {allowed}")
+            if isinstance(value, list):
+                given.append(f"{flag}={'+'.join(value)}")
+                words[name] += [f"--{flag}", *value]
+            else:
+                switch = flag if value else f"no-{flag}"
+                given.append(switch if isinstance(value, bool) else f"{flag}={value}")
+                words[name].append(f"--{given[-1]}")
         what = ",".join(given) or "default"
         if len(what) > 180:  # a file's name has its limits; output.txt begins with the flags
             what = hashlib.sha256(what.encode()).hexdigest()[:16]
         slug = f"{script.stem}__{what}"
         check(name not in slugs, f"two methods are called {name}")
         check(slug not in slugs.values(), f"{name}: another method has the same script and flags")
-        slugs[name], words[name] = slug, [f"--{word}" for word in given]
+        slugs[name] = slug
     for method in methods:
         others = {"", *slugs} - {method["name"]}
         right = method.setdefault("against", "") in others
