@@ -1,5 +1,7 @@
 """Mixture of experts and orthogonal experts against a loop over plain experts, and against QR."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,14 @@ from moe_sparse import MixtureOfExperts
 from moore_sparse import MixtureOfOrthogonalExperts, gram_schmidt
 
 OBS_SHAPE = (7, 7, 3)
-NETWORKS = [(moe_sparse, MixtureOfExperts), (moore_sparse, MixtureOfOrthogonalExperts)]
+NETWORKS = {moe_sparse: MixtureOfExperts, moore_sparse: MixtureOfOrthogonalExperts}
+both_scripts = pytest.mark.parametrize("script", NETWORKS, ids=lambda s: s.__name__)
 
 
-def make_network(script, network, num_experts=3, num_tasks=4, **flags):
+def make_network(script, num_experts=3, num_tasks=4, **flags):
     torch.manual_seed(0)
-    return network(OBS_SHAPE, num_tasks, 7, script.Args(num_experts=num_experts, **flags))
+    args = script.Args(num_experts=num_experts, **flags)
+    return NETWORKS[script](OBS_SHAPE, num_tasks, 7, args)
 
 
 def random_obs(*shape):
@@ -49,31 +53,22 @@ def plain_features(network, obs, task, mix):
 @pytest.mark.parametrize("counts", [[5, 5, 5, 5], [3, 0, 6, 1], [0, 0, 4, 0]])
 def test_network_is_a_loop_over_plain_experts(counts, mix, layer_norm):
     """Each task's rows alone, in value and gradient, also where a task has none."""
-    flags = dict(layer_norm=layer_norm)
-    if mix is None:
-        network = make_network(moe_sparse, MixtureOfExperts, **flags)
-    else:
-        network = make_network(
-            moore_sparse, MixtureOfOrthogonalExperts, orthogonal_mix=mix, **flags
-        )
+    script, flags = (moe_sparse, {}) if mix is None else (moore_sparse, dict(orthogonal_mix=mix))
+    network = make_network(script, layer_norm=layer_norm, **flags)
     obs = random_obs(sum(counts))
-    (*_, hidden), features, output = network.activations(obs, counts)
+    hidden, features, output = network.activations(obs, counts)
     assert torch.equal(network(obs, counts), output)
-    assert hidden.shape == (4, max(counts), 128)
+    assert hidden[-1].shape == (4, max(counts), 128)
     plain = []  # outputs
     for task, rows in enumerate(torch.arange(sum(counts)).split(counts)):
         if not len(rows):
             continue
         expected = plain_features(network, obs[rows], task, mix)
         torch.testing.assert_close(features[rows], expected, rtol=1e-3, atol=1e-4)
-        inner = F.linear(
-            expected, network.head_hidden.weight[task], network.head_hidden.bias[task, 0]
-        )
+        inner = expected @ network.head_hidden.weight[task].T + network.head_hidden.bias[task]
         inner = torch.tanh(F.layer_norm(inner, (128,)) if layer_norm else inner)
-        torch.testing.assert_close(hidden[task, : len(rows)], inner, rtol=1e-4, atol=1e-5)
-        expected = F.linear(
-            inner, network.head_output.weight[task], network.head_output.bias[task, 0]
-        )
+        torch.testing.assert_close(hidden[-1][task, : len(rows)], inner, rtol=1e-4, atol=1e-5)
+        expected = inner @ network.head_output.weight[task].T + network.head_output.bias[task]
         torch.testing.assert_close(output[rows], expected, rtol=1e-4, atol=1e-5)
         plain.append(expected)
     wanted = torch.randn_like(output)
@@ -88,23 +83,7 @@ def test_network_is_a_loop_over_plain_experts(counts, mix, layer_norm):
             assert [g.abs().max() > 0 for g in by_task] == [count > 0 for count in counts]
 
 
-@pytest.mark.parametrize("script, network", NETWORKS)
-def test_masks_are_part_of_the_state(script, network):
-    pruned, other = make_network(script, network), make_network(script, network)
-    script.prune(pruned, 0.9, "global")
-    other.load_state_dict(pruned.state_dict())
-    assert other.masks.keys() == pruned.layers.keys()
-    assert all(torch.equal(other.masks[name], mask) for name, mask in pruned.masks.items())
-    obs = random_obs(6)
-    assert torch.equal(pruned(obs, [1, 2, 0, 3]), other(obs, [1, 2, 0, 3]))
-
-
 # Gram-Schmidt
-
-
-def assert_orthonormal(basis):
-    gram = basis.double() @ basis.double().mT
-    assert (gram - torch.eye(basis.shape[-2])).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 20])
@@ -115,7 +94,6 @@ def test_gram_schmidt_is_qr(k):
     q, r = torch.linalg.qr(features.double().mT)
     expected = (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).mT.float()
     torch.testing.assert_close(basis, expected, rtol=1e-4, atol=1e-5)
-    assert_orthonormal(basis)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e10])
@@ -123,7 +101,8 @@ def test_gram_schmidt_is_qr(k):
 def test_any_independent_features_become_orthonormal(scale, apart):
     torch.manual_seed(0)
     nearly_parallel = torch.randn(30, 1, 1024) + apart * torch.randn(30, 4, 1024)
-    assert_orthonormal(gram_schmidt(scale * nearly_parallel))
+    basis = gram_schmidt(scale * nearly_parallel).double()
+    assert (basis @ basis.mT - torch.eye(4)).abs().max() < 1e-5
 
 
 def test_its_gradient_is_that_of_the_formula():
@@ -151,17 +130,19 @@ def test_dependent_and_zero_features_are_finite_in_value_and_gradient():
         assert torch.equal(lengths.round().sum(1).long(), rank)
 
 
-def test_more_experts_than_features_are_refused():
-    with pytest.raises(ValueError, match=r"\(2, 4, 3\)"):
-        gram_schmidt(torch.randn(2, 4, 3))
+def test_more_experts_than_features_and_half_precision_are_refused():
+    for features in (torch.randn(2, 4, 3), torch.randn(2, 4, 30).half()):
+        given = re.escape(f"{features.dtype} {tuple(features.shape)}")
+        with pytest.raises(ValueError, match=given):
+            gram_schmidt(features)
 
 
 # Sparsifiers and metrics on experts
 
 
-@pytest.mark.parametrize("script, network", NETWORKS)
-def test_each_expert_and_each_head_is_pruned_apart(script, network):
-    network = make_network(script, network)
+@both_scripts
+def test_each_expert_and_each_head_is_pruned_apart(script):
+    network = make_network(script)
     script.prune(network, 0.9, "layer")
     assert network.masks.keys() == network.layers.keys()  # the task encoder stays dense
     for name, mask in network.masks.items():
@@ -173,20 +154,10 @@ def test_each_expert_and_each_head_is_pruned_apart(script, network):
     assert (network.task_encoder.weight != 0).all()
 
 
-@pytest.mark.parametrize("script, network", NETWORKS)
-def test_set_leaves_convolutions_and_task_encoder_dense(script, network):
-    network = make_network(script, network)
-    script.draw_masks(network, script.set_densities(network, 0.95, None))
-    script.evolve(network, torch.optim.Adam(network.parameters()), 0.3, "random", "init")
-    assert network.masks.keys() == {"head_hidden", "head_output"}
-    zeros = sum((mask == 0).sum().item() for mask in network.masks.values())
-    assert zeros / (4 * (131072 + 896)) == pytest.approx(0.95, abs=1e-5)
-
-
-@pytest.mark.parametrize("script, network", NETWORKS)
-def test_metrics_count_each_experts_channels(script, network):
+@both_scripts
+def test_metrics_count_each_experts_channels(script):
     args = script.Args()
-    networks = {"actor": make_network(script, network), "critic": make_network(script, network)}
+    networks = {"actor": make_network(script), "critic": make_network(script)}
     obs = random_obs(4, 64)
     neurons = 3 * (16 + 32 + 64) + 4 * 128
     before = script.measure_plasticity(networks, obs, args)
@@ -195,15 +166,11 @@ def test_metrics_count_each_experts_channels(script, network):
     after = script.measure_plasticity(networks, obs, args)
     tag = "plasticity/actor_dormant_ratio"
     assert (after[tag] - before[tag]) * neurons == pytest.approx(1, abs=1e-3)
-    features = networks["actor"].activations(obs.flatten(0, 1), [64] * 4)[1].detach().double()
-    values = torch.linalg.svdvals(features)
-    rank = int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
-    assert after["plasticity/actor_effective_rank"] == rank
 
 
-@pytest.mark.parametrize("script, network", NETWORKS)
-def test_fisher_trace_of_experts_is_that_of_a_plain_loop(script, network):
-    network, obs = make_network(script, network, num_experts=2, num_tasks=2), random_obs(2, 2)
+@both_scripts
+def test_fisher_trace_of_experts_is_that_of_a_plain_loop(script):
+    network, obs = make_network(script, num_experts=2, num_tasks=2), random_obs(2, 2)
     script.prune(network, 0.5, "layer")
     total = 0.0
     for log_probs in network(obs.flatten(0, 1), [2, 2]).log_softmax(-1):
