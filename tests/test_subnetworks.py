@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy
 import torch
+from test_benchmark import MT3, TINY, one_line_of_error
 
 import moe_sparse
 import mtppo_gmp
@@ -18,11 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmark"))
 
 import subnetworks  # noqa: E402
 
-TINY = dict(
-    **dict(benchmark="MT3", total_timesteps=300, num_steps=50, minibatch_size=25, update_epochs=1),
-    **dict(prune_frequency=25, eval_frequency=300, eval_episodes=1, plasticity_frequency=300),
-    **dict(plasticity_batch_size=60, plasticity_buffer_size=300, num_threads=1),
-)
+SHORT = TINY | dict(benchmark="MT3", total_timesteps=300, eval_frequency=300, prune_frequency=25)
 
 
 def head_masks(*features, num_features=16):
@@ -35,12 +32,11 @@ def head_masks(*features, num_features=16):
     return dict(head_hidden=hidden, head_output=output)
 
 
-def write_checkpoint(folder, actor, critic=None, script=mtppo_set, timestep=None, **flags):
-    """A checkpoint with no more than masks and arguments."""
-    args = script.Args(**dict(benchmark="MT3", total_timesteps=2000) | flags)
-    state = dict(script=script.__name__, args=asdict(args))
-    state["timestep"] = args.total_timesteps if timestep is None else timestep
-    for name, masks in dict(actor=actor, critic=actor if critic is None else critic).items():
+def write_checkpoint(folder, actor, critic=None, **flags):
+    """A checkpoint at timestep 2000 with no more than masks and arguments."""
+    args = mtppo_set.Args(**dict(benchmark="MT3", total_timesteps=2000) | flags)
+    state = dict(script="mtppo_set", args=asdict(args), timestep=2000)
+    for name, masks in dict(actor=actor, critic=critic or actor).items():
         own = {layer: torch.from_numpy(mask).float() for layer, mask in masks.items()}
         state[name] = dict(_extra_state=own)
     folder.mkdir(parents=True)
@@ -60,11 +56,8 @@ def row(text, first):
 
 
 def error(capsys, *paths, out=None):
-    with pytest.raises(SystemExit) as ended:
-        subnetworks.subnetworks(subnetworks.Args(paths, out))
-    printed, message = capsys.readouterr()
-    assert ended.value.code == 2 and not printed and message.count("\n") == 1
-    return message
+    args = subnetworks.Args(paths, out)
+    return one_line_of_error(capsys, subnetworks.subnetworks, args)
 
 
 # What a head reads
@@ -89,18 +82,14 @@ def test_reads_are_what_gradients_reach(script):
         for name, density in zip(network.layers, (0.1, 0.02, 0.01, 0.02, 0.05), strict=True)
     }
     script.apply_masks(network)
-    layers = {name: mask.numpy() > 0 for name, mask in network.masks.items()}
-    if script is moe_sparse:
-        layers["task_encoder"] = network.task_encoder.weight.detach().numpy()
-    found = subnetworks.read_network(layers)
-
-    # What features can vary: without biases and negative weights no ReLU cuts a path
-    for name in ("conv1", "conv2", "conv3"):
-        layer = network.get_submodule(name)
-        layer.weight.data.copy_(0.2 * network.masks[name])
+    for layer in (network.conv1, network.conv2, network.conv3):  # no ReLU cuts a path
+        layer.weight.data.abs_()
         layer.bias.data.zero_()
     if script is moe_sparse:
         network.task_encoder.weight.data.abs_()
+    layers = subnetworks.read_layers(network.state_dict())
+    found = subnetworks.read_network(layers)
+
     obs = torch.rand(20, 7, 7, 3)
     _, features, _ = network.activations(obs, [20, 0, 0])
     varies = (features.std(0) > 0).numpy()
@@ -122,8 +111,11 @@ def test_overlaps_by_hand(tmp_path, capsys):
     other = head_masks([0], [0], [0])
     for seed, masks in enumerate((first, second), 1):
         write_checkpoint(tmp_path / f"run{seed}", masks, other, seed=seed)
+    write_checkpoint(tmp_path / "zeta", other, set_zeta=0.1)  # another method
     text = tables(capsys, tmp_path, out=tmp_path / "out")
-    assert "MTPPO SET on MT3: actor, 2 seeds" in text and "16, 16 of 16 features" in text
+    assert "MTPPO SET on MT3, set zeta 0.3: actor, 2 seeds" in text
+    assert "MTPPO SET on MT3, set zeta 0.1: critic, 1 seed\n" in text
+    assert "16, 16 of 16 features" in text
     mean, chance, _, *seeds = row(text, "LavaGapS7, RedBlueDoors-6x6")
     assert mean == "0.500*" and [own.split()[0] for own in seeds] == ["1.000", "0.000"]
     # Two of 16 features, twice: both the same with 1/120, one with 28/120
@@ -136,29 +128,18 @@ def test_overlaps_by_hand(tmp_path, capsys):
     assert (tmp_path / "out" / "subnetworks.png").stat().st_size > 10_000
 
 
-def test_methods_are_apart(tmp_path, capsys):
-    masks = head_masks([0, 1], [1], [2])
-    for seed, zeta in ((1, 0.3), (2, 0.3), (1, 0.1)):
-        write_checkpoint(tmp_path / f"{seed}_{zeta}", masks, seed=seed, set_zeta=zeta)
-    text = tables(capsys, tmp_path)
-    assert "MTPPO SET on MT3, set zeta 0.3: actor, 2 seeds" in text
-    assert "MTPPO SET on MT3, set zeta 0.1: critic, 1 seed\n" in text
-
-
 # Chance
 
 
 def test_chance_against_sets_drawn():
-    sizes, pool, draws = np.array([9, 14, 4]), 20, 4000
-    rng = np.random.default_rng(0)
-    sets = rng.random((draws, 3, pool)).argsort(2) < sizes[:, None]  # (draw, task, D)
-    expected = [subnetworks.overlap(a, b) for a, b, _ in sets]
-    found = subnetworks.overlap_by_chance(9, 14, pool, rng)
-    compared = [(found, expected)]
-    expected = [subnetworks.alone(own, 0) for own in sets]
-    compared.append((subnetworks.alone_by_chance(sizes, 0, pool, rng), expected))
-    for found, expected in compared:
-        assert found.shape == (subnetworks.DRAWS,)
+    sizes, rng = np.array([9, 14, 4]), np.random.default_rng(0)
+    sets = rng.random((4000, 3, 20)).argsort(2) < sizes[:, None]  # (draw, task, D)
+    overlaps = [subnetworks.overlap(a, b) for a, b, _ in sets]
+    alone = [subnetworks.alone(own, 0) for own in sets]
+    for found, expected in (
+        (subnetworks.overlap_by_chance(9, 14, 20, rng), overlaps),
+        (subnetworks.alone_by_chance(sizes, 0, 20, rng), alone),
+    ):
         assert found.mean() == pytest.approx(np.mean(expected), abs=0.006)
         assert found.std() == pytest.approx(np.std(expected), rel=0.05)
 
@@ -183,7 +164,22 @@ def test_no_features_and_all_of_them():
         assert [own.mark for own in subnetworks.compare_alone([network])] == ["", ""]
 
 
-# Experts
+def test_preference_by_hand():
+    connections = np.array([[3, 1, 2, 0, 0], [30, 10, 20, 5, 0], [0, 2, 1, 3, 0]])
+    network = subnetworks.Network(connections > 0, None, None, 5, connections)
+    ranks = scipy.stats.spearmanr(connections[:, :4].T).statistic  # no head reads the last
+    expected = (ranks[0, 1] + ranks[0, 2] + ranks[1, 2]) / 3
+    assert subnetworks.preference(network) == pytest.approx(expected)
+    # Heads that choose apart: 10 pairs of 1000 features, within 1.96 / sqrt(10 * 999) mostly
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(100):
+        drawn = rng.poisson(5.0, (5, 1000))
+        network = subnetworks.Network(drawn > 0, None, None, 1000, drawn)
+        inside += abs(subnetworks.preference(network)) < 1.96 / (10 * 999) ** 0.5
+    assert 88 <= inside <= 100
+
+
+# Runs
 
 
 def test_experts_may_change_places_between_seeds():
@@ -193,12 +189,9 @@ def test_experts_may_change_places_between_seeds():
     assert row(text, "b") == ["1.00", "1.00", "1.00 0.00 0.00", "0.00 0.00 1.00"]
 
 
-# Runs
-
-
-def test_tables_of_runs(tmp_path, capsys):
+def test_the_tables_of_a_run_count_what_its_masks_connect(tmp_path, capsys):
     for name, flags in dict(sparse={}, dense=dict(sparsifier="none")).items():
-        moe_sparse.train(moe_sparse.Args(**TINY, **flags, run_dir=str(tmp_path / name)))
+        moe_sparse.train(moe_sparse.Args(**SHORT, **flags, run_dir=str(tmp_path / name)))
     capsys.readouterr()
     text = tables(capsys, tmp_path)
     assert "MoE GMP on MT3: actor, 1 seed\n" in text and "Experts" in text
@@ -206,51 +199,26 @@ def test_tables_of_runs(tmp_path, capsys):
     state = torch.load(tmp_path / "sparse" / "checkpoint.pt")["critic"]
     reads = (state["_extra_state"]["head_hidden"].sum(1) > 0).sum(1)
     critic = text[text.index("critic") :]
-    assert [
-        int(row(critic, task)[1]) for task in ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
-    ] == reads.tolist()
-
-
-# What is refused
+    assert [int(row(critic, task)[1]) for task in MT3] == reads.tolist()
 
 
 def test_bad_input_is_refused(tmp_path, capsys):
-    masks = head_masks([0], [1], [2])
+    masks, runs = head_masks([0], [1], [2]), tmp_path / "runs"
     assert "no runs given" in error(capsys)
     assert "must be a run folder or a folder of run" in error(capsys, tmp_path / "nothing")
-    dense = write_checkpoint(tmp_path / "a" / "dense", {})
-    assert "none of 1 runs has masks to compare, the first: dense: dense" in error(capsys, dense)
-    early = write_checkpoint(tmp_path / "a" / "early", masks, timestep=1000, total_timesteps=4000)
-    assert "early: incomplete: at timestep 1000 of 4000" in error(capsys, early)
-    one = write_checkpoint(
-        tmp_path / "a" / "one", head_masks([0]), env_ids=("MiniGrid-DoorKey-6x6-v0",)
+    write_checkpoint(runs / "dense", {})
+    write_checkpoint(runs / "early", masks, total_timesteps=4000)
+    write_checkpoint(runs / "one", head_masks([0]), env_ids=("MiniGrid-DoorKey-6x6-v0",))
+    write_checkpoint(runs / "sac", dict(hidden1=np.ones((1, 2, 3), bool)))
+    assert "none of 4 runs has masks to compare, the first: dense: dense" in error(capsys, runs)
+    good = write_checkpoint(runs / "good", masks)
+    assert tables(capsys, runs).endswith(
+        "- dense: dense, it has no masks\n- early: incomplete: at timestep 2000 of 4000\n"
+        "- one: a single task\n- sac: mtppo_set, must be a run on MiniGrid\n"
     )
-    assert "one: a single task" in error(capsys, one)
-    sac = write_checkpoint(tmp_path / "a" / "sac", dict(hidden1=np.ones((1, 2, 3), bool)))
-    assert "must be a run on MiniGrid" in error(capsys, sac)
-
-    good = write_checkpoint(tmp_path / "a" / "good", masks)
-    text = tables(capsys, tmp_path / "a")
-    assert text.count("\n- ") == 4 and "actor, 1 seed\n" in text
     (tmp_path / "file").touch()
     assert "must be a folder to write to" in error(capsys, good, out=tmp_path / "file")
     shutil.copytree(good, tmp_path / "again")
     assert "both MTPPO SET on MT3 with seed 1" in error(capsys, good, tmp_path / "again")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "checkpoint.pt").write_text("not a file of torch")
-    assert "is damaged" in error(capsys, tmp_path / "damaged")
-
-
-def test_preference_by_hand():
-    connections = np.array([[3, 1, 2, 0, 0], [30, 10, 20, 5, 0], [0, 2, 1, 3, 0]])
-    network = subnetworks.Network(connections > 0, *[np.zeros(3)] * 2, 5, connections)
-    ranks = scipy.stats.spearmanr(connections[:, :4].T).statistic  # no head reads the last
-    expected = (ranks[0, 1] + ranks[0, 2] + ranks[1, 2]) / 3
-    assert subnetworks.preference(network) == pytest.approx(expected)
-    # Heads that choose apart: 10 pairs of 1000 features, within 1.96 / sqrt(10 * 999) mostly
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(100):
-        drawn = rng.poisson(5.0, (5, 1000))
-        network = subnetworks.Network(drawn > 0, *[np.zeros(5)] * 2, 1000, drawn)
-        inside += abs(subnetworks.preference(network)) < 1.96 / (10 * 999) ** 0.5
-    assert 88 <= inside <= 100
+    (good / "checkpoint.pt").write_text("not a file of torch")
+    assert "is damaged" in error(capsys, good)
