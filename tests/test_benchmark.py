@@ -82,6 +82,13 @@ def test_interval_against_every_resample():
     assert report.interval(difference, base + 0.25, base) == pytest.approx(0.25)
 
 
+def test_an_interval_of_a_mean_is_about_as_wide_as_students():
+    scores = np.random.default_rng(0).normal(size=6)
+    low, high = report.interval(lambda scores: scores.mean(-1), scores)
+    expected = 2 * scipy.stats.t.ppf(0.975, 5) * scores.std(ddof=1) / 6**0.5
+    assert high - low == pytest.approx(expected, rel=0.1)  # by normal quantiles 0.76 of it
+
+
 def test_an_interval_of_few_seeds_holds_the_truth_in_95_percent():
     held = 0
     for scores in np.random.default_rng(0).normal(size=(600, 6)):
@@ -214,7 +221,7 @@ def test_report_of_two_methods(tmp_path, capsys):
     assert rows[*gmp, 2][:2] == ["0.55, 0.85", "0.70"]
     assert rows[*gmp, 2][3:6] == ["0.45 (0.34, 0.56)", "0.500", "1.00 (1.00, 1.00)"]
     # The metrics are 0.4 x (i + seed + sum of the scores) at the end, so 0.4 x (i + 3.6) on average
-    assert rows[*gmp, 3] == ["144.0 / 184.0 %", "2 / 3", "3.04"]
+    assert rows[*gmp, 3] == ["144.0 / 184.0 %", "2 / 3", "3.04", "3.44"]
     assert rows[*gmp, 4][1] == "72.00 (-156.71, 300.71) %, p 0.500"
     assert "Spearman" in text and "| MT3 | MTPPO GMP | 2 | 400000 |" in capsys.readouterr().out
     assert "## Runs left out\n\nNone.\n" in text
@@ -226,7 +233,7 @@ def test_report_of_two_methods(tmp_path, capsys):
         **dict(method="MTPPO dense", run="dense1", benchmark="MT3", seed="1", timestep="200000"),
         **{f"normalized_return/{task}": "0.05" for task in MT3},
         **dict(actor_dormant_ratio="0.26", critic_dormant_ratio="0.46", fisher_trace="1.06"),
-        **dict(actor_effective_rank="0.66", critic_effective_rank="0.86"),
+        **dict(actor_effective_rank="0.66", critic_effective_rank="0.86", critic_error="1.26"),
         **dict(actor_sparsity="0", actor_grown_kept="0.5"),
     }
     earlier = write_report(tmp_path / "earlier", runs, timestep=200_000)
