@@ -1,7 +1,8 @@
-"""Made to be copied: functions cut out of a script's text work alone, on a plain network that is
-trained by another optimiser."""
+"""Made to be copied: the functions of the README's table, cut out of a script's text, work alone on
+a plain network that is trained by another optimiser, and however its weights lie in memory."""
 
 import ast
+import copy
 import math
 import re
 from pathlib import Path
@@ -10,160 +11,126 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_runs import flags_of
+from test_runs import assert_same, flags_of
 from torch import Tensor, nn
+from torch.optim import SGD
 
+import moore_sparse
 import mtppo_gmp
+import mtppo_set
 
 ROOT = Path(__file__).parent.parent
-SET = "clear_state erk_densities set_densities keep_largest draw_masks evolve apply_masks".split()
+PAGES = (ROOT / "README.md").read_text(), (ROOT / "benchmark" / "README.md").read_text()
+COPY, LOAD = (re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1] for page in PAGES)
+TABLE = re.findall(r"^\| (.*) \| `(\w+\.py)` \|", PAGES[0], re.M)
+NAMES = {script: re.findall(r"`(\w+)`", take) for take, script in TABLE}
 
 
-def cut(script, *names):
-    """These functions of a script, from their text and torch alone."""
-    source = (ROOT / script).read_text()
-    found = {getattr(node, "name", ""): node for node in ast.parse(source).body}
+def cut(script):
+    """The functions that the README takes from a script, from their text and torch alone."""
     namespace = dict(torch=torch, nn=nn, Tensor=Tensor, F=F, math=math)
-    for name in names:
-        decorators = [f"@{ast.get_source_segment(source, d)}" for d in found[name].decorator_list]
-        text = "\n".join([*decorators, ast.get_source_segment(source, found[name])])
-        exec(text, namespace)
-    return SimpleNamespace(**{name: namespace[name] for name in names})
-
-
-class Plain(nn.Module):
-    """What a reader might have: two linear layers."""
-
-    def __init__(self, inputs=8, hidden=64):
-        super().__init__()
-        self.first = nn.Linear(inputs, hidden)
-        self.second = nn.Linear(hidden, 1)
-        self.layers = dict(first=1, second=1)
-        self.masks = {}
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-def fit(network, after_step, steps=300):
-    """Regression by SGD with momentum; after_step(step, optimizer) follows every step. Returns the
-    loss of the first step and of the last."""
-    x = torch.randn(128, 8)
-    y = x[:, :1] * x[:, 1:2] + x[:, 2:3]
-    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-    losses = []
-    for step in range(steps):
-        loss = (network(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        after_step(step, optimizer)
-    return losses[0], losses[-1]
-
-
-def assert_masked(network):
-    """Pruned weights are exactly zero, and no others."""
-    for name, mask in network.masks.items():
-        assert torch.equal(network.get_submodule(name).weight != 0, mask == 1)
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if getattr(node, "name", "") in NAMES[script]:
+            exec(ast.unparse(node), namespace)
+    return SimpleNamespace(**namespace)
 
 
 def active(network):
+    """Active weights of each layer; the others are exactly zero."""
+    for name, mask in network.masks.items():
+        assert torch.equal(network.get_submodule(name).weight != 0, mask == 1)
     return {name: int(mask.sum()) for name, mask in network.masks.items()}
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_gradual_magnitude_pruning(scope):
-    gmp = cut("mtppo_gmp.py", "gmp_sparsity", "keep_largest", "prune", "apply_masks")
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_readmes_example_of_copying_prunes_and_learns(copied):
     torch.manual_seed(0)
-    network, seen = Plain(), []
-
-    def after_step(step, optimizer):
-        if step % 10 == 0:
-            sparsity = gmp.gmp_sparsity(step / 300, 0.1, 0.7, 0.8)
-            window = min(max((step - 30) / 180, 0), 1)
-            assert sparsity == pytest.approx(0.8 * (1 - (1 - window) ** 3))
-            gmp.prune(network, sparsity, scope)
-            left = active(network)
-            if scope == "layer":
-                assert left == {name: n - round(sparsity * n) for name, n in sizes.items()}
-            assert abs(sum(left.values()) - (576 - round(sparsity * 576))) <= (scope == "layer")
-            seen.append(sum(left.values()))
-        gmp.apply_masks(network)
-        assert_masked(network)
-
-    sizes = dict(first=512, second=64)
-    first, last = fit(network, after_step)
-    assert last < 0.3 * first
-    assert seen[0] == 576 and seen[-1] == 115 and seen == sorted(seen, reverse=True)
-
-
-@pytest.mark.parametrize("regrow", ["random", "gradient"])
-@pytest.mark.parametrize("grow", ["zero", "init"])
-def test_sparse_evolutionary_training(regrow, grow):
-    sparse = cut("mtppo_set.py", *SET)
-    torch.manual_seed(0)
-    network, kept = Plain(), []
-    if grow == "init":
-        network.first.bound, network.second.bound = 8**-0.5, 64**-0.5
-    # 576 weights, 172.8 active: 72 of 137 parts in the first layer would be 90.8, 65 of 137 in the
-    # second 82 of 64; so that is dense, and the first has the rest
-    sparse.draw_masks(network, sparse.set_densities(network, 0.7, None))
-    assert active(network) == dict(first=109, second=64)
-
-    def after_step(step, optimizer):
-        sparse.apply_masks(network)
-        assert_masked(network)
-        if step % 20 == 19 and step < 250:
-            old = network.masks["first"]
-            kept.append(sparse.evolve(network, optimizer, 0.3, regrow, grow).item())
-            grown = network.masks["first"] > old
-            weight = network.first.weight
-            momentum = optimizer.state[weight]["momentum_buffer"]
-            assert grown.sum() == 33 and active(network) == dict(first=109, second=64)
-            assert (weight[network.masks["first"] == 0] == 0).all()
-            assert ((weight[grown] != 0) == (grow == "init")).all()
-            assert weight[grown].abs().max() <= 8**-0.5
-            assert torch.equal(momentum == 0, grown)
-
-    first, last = fit(network, after_step)
-    assert last < 0.3 * first
-    assert math.isnan(kept[0]) and all(0 <= share <= 1 for share in kept[1:])
-
-
-def test_gram_schmidt_between_layers():
-    gram_schmidt = cut("moore_sparse.py", "gram_schmidt").gram_schmidt
-    torch.manual_seed(0)
-
-    class Orthogonal(Plain):
-        def forward(self, x):
-            basis = gram_schmidt(self.first(x).unflatten(1, (4, 16)))  # (batch, k, D)
-            gram = basis @ basis.mT
-            torch.testing.assert_close(gram, torch.eye(4).expand_as(gram), atol=1e-5, rtol=0)
-            return self.second(basis.flatten(1))
-
-    first, last = fit(Orthogonal(), lambda step, optimizer: None)
-    assert last < 0.3 * first
-
-
-PAGES = ROOT / "README.md", ROOT / "benchmark" / "README.md"
-COPY, LOAD = (re.search(r"^```python\n(.*?)^```", p.read_text(), re.M | re.S)[1] for p in PAGES)
-
-
-def test_the_readmes_example_of_copying_prunes_and_learns():
-    torch.manual_seed(0)
-    seen = {}
-    exec(COPY, seen)
+    text, seen = COPY, {}
+    if copied:
+        text, seen = re.sub("^from mtppo_gmp .*$", "", COPY, flags=re.M), vars(cut("mtppo_gmp.py"))
+    exec(text, seen)
     network = seen["network"]
-    assert active(network)["0"] + active(network)["2"] == 576 - round(0.8 * 576)
-    assert_masked(network)
+    assert sum(active(network).values()) == 576 - round(0.8 * 576)
     x = torch.randn(1000, 8)
     y = x[:, :1] * x[:, 1:2]
     assert (network(x) - y).square().mean() < 0.3 * y.square().mean()
 
 
+@pytest.mark.parametrize("regrow", ["random", "gradient"])
+@pytest.mark.parametrize("grow", ["zero", "init"])
+def test_sparse_evolutionary_training_of_a_plain_network_learns(regrow, grow):
+    sparse = cut("mtppo_set.py")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
+    network.layers, network.masks = {"0": 1, "2": 1}, {}
+    # 576 weights, 172.8 active: 72 of 137 parts in the first layer would be 90.8, 65 of 137 in the
+    # second 82 of 64; so that is dense, and the first has the rest
+    sparse.draw_masks(network, sparse.set_densities(network, 0.7, None))
+    optimizer = SGD(network.parameters(), 0.05, momentum=0.9)
+    x, weight, losses = torch.randn(128, 8), network[0].weight, []
+    for step in range(300):
+        loss = (network(x) - x[:, :1] * x[:, 1:2] - x[:, 2:3]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sparse.apply_masks(network)
+        losses.append(loss.item())
+        if step % 20 == 19 and step < 250:
+            old = network.masks["0"]
+            sparse.evolve(network, optimizer, 0.3, regrow, grow)
+            grown = network.masks["0"] > old
+            assert grown.sum() == 33
+            assert ((weight[grown] != 0) == (grow == "init")).all()
+            assert weight[grown].abs().max() <= 8**-0.5  # the bound of nn.Linear
+            assert torch.equal(optimizer.state[weight]["momentum_buffer"] == 0, grown)
+    assert network.masks["0"].sum() == 109 and network.masks["2"].all()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_gram_schmidt_cut_out_is_that_of_the_script():
+    features = torch.randn(5, 4, 16)
+    basis = cut("moore_sparse.py").gram_schmidt(features)
+    assert torch.equal(basis, moore_sparse.gram_schmidt(features))
+
+
+@pytest.mark.parametrize("method", ["layer", "global", "evolve", "redo"])
+def test_weights_may_lie_in_memory_in_any_order(method, monkeypatch):
+    """Convolutions channels last, linear weights transposed: all is as with contiguous ones."""
+    # Draws in an order that is not that of the memory
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape))
+    monkeypatch.setattr(mtppo_gmp, "draw_parameters", lambda *both: [x.fill_(1.0) for x in both])
+    torch.manual_seed(0)
+    args = mtppo_gmp.Args(dormant_tau=0.2)
+    plain = mtppo_gmp.make_networks(args)["actor"]
+    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    for layer in (other.head_hidden, other.head_output):
+        layer.weight.data = layer.weight.data.mT.contiguous().mT
+    obs, outcomes = torch.randint(0, 11, (5, 4, 7, 7, 3), dtype=torch.uint8), []
+    for network in (plain, other):
+        torch.manual_seed(1)
+        optimizer = SGD(network.parameters(), 0.0, momentum=0.9)
+        for p in network.parameters():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape))
+        optimizer.step()
+        if method == "evolve":
+            mtppo_set.draw_masks(network, mtppo_set.set_densities(network, 0.9, None))
+            for regrow in ("gradient", "random"):
+                mtppo_set.evolve(network, optimizer, 0.3, regrow, "zero")
+        else:
+            mtppo_gmp.prune(network, 0.9, "layer" if method == "redo" else method)
+        if method == "redo":
+            mtppo_gmp.redo(network, optimizer, obs, 0.2)
+        metrics = mtppo_gmp.measure_plasticity({"actor": network}, obs, args)
+        state = dict(network.state_dict()), optimizer.state_dict()["state"]
+        outcomes.append((list(state), metrics))
+    assert not any(other.get_submodule(name).weight.is_contiguous() for name in other.layers)
+    assert_same(outcomes[0][0], outcomes[1][0])
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1], rel=1e-4)
+
+
 def test_the_readmes_example_of_loading_gives_probabilities(tmp_path):
-    mtppo_gmp.train(mtppo_gmp.Args(**flags_of(mtppo_gmp), run_dir=str(tmp_path)))
+    flags = flags_of(mtppo_gmp, total_timesteps=50)
+    mtppo_gmp.train(mtppo_gmp.Args(**flags, run_dir=str(tmp_path)))
     assert '"runs/..."' in LOAD
     seen = {}
     exec(LOAD.replace("runs/...", str(tmp_path)), seen)

@@ -1,6 +1,8 @@
 """On a GPU: whole runs, waits of the hot loop, and runs that change the device."""
 
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,29 +18,25 @@ pytestmark = pytest.mark.cuda
 MINIGRID = pytest.mark.parametrize(
     "script", [mtppo_gmp, mtppo_set, moe_sparse, moore_sparse], ids=lambda s: s.__name__
 )
+adam = partial(torch.optim.Adam, fused=True)
 
 
-def rollout_on_cuda(script, num_tasks, num_steps):
-    """Each step of each task with a view of its own."""
-    view = torch.arange(num_tasks * num_steps).view(num_tasks, num_steps)
-    flag = torch.zeros(view.shape, dtype=torch.bool, device="cuda")
-    return script.Rollout(
-        views=torch.randint(0, 11, (view.numel(), 7, 7, 3), dtype=torch.uint8).cuda(),
-        counts=[num_steps] * num_tasks,
-        view=view.numpy(),
-        next_view=view.roll(-1, 1).numpy(),
-        action=torch.randint(0, 7, view.shape).cuda(),
-        log_prob=torch.full(view.shape, -2.0, device="cuda"),
-        reward=torch.rand(view.shape).cuda(),
-        terminated=flag,
-        done=flag,
-    )
+@contextmanager
+def no_waits():
+    """What waits for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @MINIGRID
 def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
     """With every method; the first iteration's losses, before rounding spreads. SET's first masks
-    are drawn on the device, whose draws are others: here the CPU's."""
+    are drawn on the device, whose draws are others: here the CPU's. The agent is read on the CPU.
+    """
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape).to(x.device))
     runs = {}
     for device in ("cpu", "cuda"):
@@ -51,6 +49,8 @@ def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
     for tag in ("losses/value_loss", "losses/policy_loss", "losses/entropy", "sparsity/actor"):
         (_, first_cpu), (_, first_cuda) = runs["cpu"][tag][0], runs["cuda"][tag][0]
         assert first_cuda == pytest.approx(first_cpu, rel=1e-3, abs=1e-5), tag
+    actor, _, _ = script.load_agent(str(tmp_path / "cuda"))
+    assert all(p.device.type == "cpu" for p in actor.parameters())
 
 
 @MINIGRID
@@ -58,70 +58,40 @@ def test_updates_do_not_wait_for_the_device(script):
     sizes = dict(minibatch_size=20, critic_minibatch_size=20)
     args = script.Args(update_epochs=1, critic_epochs=1, **sizes)
     networks = script.make_networks(args, "cuda")
-    num_tasks = len(script.task_ids(args))
-    rollout = rollout_on_cuda(script, num_tasks, 40)
-    targets = torch.randn(num_tasks, 40, device="cuda")
+    envs = [script.make_env(env_id) for env_id in script.task_ids(args)]
+    policy = script.PolicyTable(networks["actor"], envs[0].observation_space, len(envs), "cuda")
+    rollout, _ = script.collect(envs, policy, range(len(envs)), 40)
+    targets = torch.randn(len(envs), 40, device="cuda")
     for name, update in (("actor", script.update_actor), ("critic", script.update_critic)):
-        optimizer = torch.optim.Adam(networks[name].parameters(), fused=True)
+        optimizer = adam(networks[name].parameters())
         update(networks[name], optimizer, rollout, targets, args)  # the first one makes its state
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waits():
             update(networks[name], optimizer, rollout, targets, args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
-@MINIGRID
-def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(script, tmp_path):
-    short = flags_of(script, total_timesteps=100)
-    script.train(script.Args(**short, device="cuda", run_dir=str(tmp_path)))
-    actor, _, _ = script.load_agent(str(tmp_path))
-    assert all(p.device.type == "cpu" for p in actor.parameters())
-    assert checkpoint(tmp_path)["timestep"] == 100
-
-
-def test_sac_updates_do_not_wait_for_the_device(tmp_path):
+def test_sac_updates_do_not_wait_for_the_device():
     script = mtsac_sparse_metaworld
     args = script.Args(env_names=("reach-v3", "push-v3"), prune="both", batch_size=8)
     networks = script.make_networks(args, "cuda")
     networks["target"] = script.make_networks(args, "cuda")["critic"]
     log_alpha = torch.zeros(2, device="cuda", requires_grad=True)
-    optimizers = {
-        name: torch.optim.Adam(parameters, fused=True)
-        for name, parameters in {
-            "actor": networks["actor"].parameters(),
-            "critic": networks["critic"].parameters(),
-            "alpha": [log_alpha],
-        }.items()
-    }
+    optimizers = {name: adam(networks[name].parameters()) for name in ("actor", "critic")}
+    optimizers["alpha"] = adam([log_alpha])
     buffer = script.ReplayBuffer(100, 2, "cuda")
     buffer.added = 20
-    for waits in (True, False):
-        torch.cuda.set_sync_debug_mode("default" if waits else "error")
-        try:
-            script.update(networks, log_alpha, optimizers, buffer.sample(8), args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    script.update(networks, log_alpha, optimizers, buffer.sample(8), args)  # makes their state
+    with no_waits():
+        script.update(networks, log_alpha, optimizers, buffer.sample(8), args)
 
 
 def test_a_sac_run_changes_the_device(tmp_path):
     script = mtsac_sparse_metaworld
-    args = script.Args(
-        env_names=("reach-v3",),
-        total_timesteps=500,
-        learning_starts=450,
-        batch_size=4,
-        vectorization="sync",
-        prune="both",
-        prune_frequency=100,
-        eval_episodes=1,
-        run_dir=str(tmp_path),
-        device="cuda",
-    )
+    flags = dict(env_names=("reach-v3",), total_timesteps=500, learning_starts=450, batch_size=4)
+    flags |= dict(vectorization="sync", prune="both", prune_frequency=100, eval_episodes=1)
+    args = script.Args(**flags, run_dir=str(tmp_path), device="cuda")
     script.train(args)
     for device, timesteps in (("cpu", 1000), ("cuda", 1500)):
-        changes = dict(device=device, total_timesteps=timesteps)
+        changes = dict(device=device, total_timesteps=timesteps, run_dir=None)
         script.train(replace(args, resume=str(tmp_path), **changes))
         assert checkpoint(tmp_path)["timestep"] == timesteps
     actor, _, _ = script.load_agent(str(tmp_path))

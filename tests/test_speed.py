@@ -75,20 +75,12 @@ def test_seconds_on_a_clock_of_our_own(capsys, monkeypatch, tmp_path):
     assert ours["of evaluations (range)"] == "0.50 (0.50 to 0.50)"
 
 
+SMALL = dict(benchmark="MT3", num_steps=200, eval_episodes=1)
+SMALL_SAC = speed.MTSAC | dict(env_names=("reach-v3",), learning_starts=500, batch_size=2)
+SMALL_SAC |= dict(buffer_size=1000)
 TINY = {
-    "MTPPO GMP": ("mtppo_gmp", dict(benchmark="MT3", num_steps=200, eval_episodes=1), 200),
-    "MT-SAC GMP": (
-        "mtsac_sparse_metaworld",
-        dict(
-            env_names=("reach-v3",),
-            learning_starts=500,
-            batch_size=2,
-            buffer_size=1000,
-            vectorization="sync",
-            eval_episodes=1,
-        ),
-        500,
-    ),
+    "MTPPO GMP": ("mtppo_gmp", SMALL, 200),
+    "MT-SAC GMP": ("mtsac_sparse_metaworld", SMALL_SAC, 500),
 }
 
 
@@ -98,7 +90,7 @@ def test_seconds_of_the_scripts(method, capsys, monkeypatch):
     measured = speed.measure(ROOT, method, speed.Args(rounds=1, iterations=2))
     assert measured.keys() == {*speed.COLUMNS} and min(measured.values()) > 0
     parts = sum(measured[phase] for phase in ("environments", "update", "rest"))
-    assert parts == pytest.approx(measured["sum"], rel=0.3)  # medians of two, apart
+    assert parts == pytest.approx(measured["sum"])  # medians of two are their means
 
 
 def test_bad_input(tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageSequence
 
 import moe_sparse
@@ -51,31 +50,6 @@ def films_of(script, run_dir, **flags):
     return {task: watch.film(task, *episodes) for task, episodes in played.items()}
 
 
-@torch.no_grad()
-def play_plainly(script, run_dir, seed, num_episodes):
-    """task -> (return, length) of its episodes, with actions drawn from the policy."""
-    actor, _, tasks = script.load_agent(run_dir)
-    envs = [(i, script.make_env(tasks[i])) for i in range(len(tasks)) for _ in range(num_episodes)]
-    seeds = script.seed_all(seed, script.EVALUATION, 0, len(envs))
-    obs = [env.reset(seed=seed)[0] for (_, env), seed in zip(envs, seeds, strict=True)]
-    returns, lengths, running = [0.0] * len(envs), [0] * len(envs), list(range(len(envs)))
-    while running:
-        log_probs = []
-        for k in running:
-            counts = [int(i == envs[k][0]) for i in range(len(tasks))]
-            log_probs.append(actor(torch.from_numpy(obs[k][None]), counts).log_softmax(-1))
-        log_probs = torch.cat(log_probs).numpy()
-        actions = (log_probs + np.random.gumbel(size=log_probs.shape)).argmax(1)
-        for k, action in zip(list(running), actions, strict=True):
-            obs[k], reward, terminated, truncated, _ = envs[k][1].step(action)
-            returns[k] += reward
-            lengths[k] += 1
-            if terminated or truncated:
-                running.remove(k)
-    pairs = list(zip(returns, lengths, strict=True))
-    return {task: pairs[i * num_episodes :][:num_episodes] for i, task in enumerate(tasks)}
-
-
 def last_of_each_episode(shots):
     """The last caption of each episode."""
     last = {}
@@ -85,16 +59,20 @@ def last_of_each_episode(shots):
 
 
 @on_every_script
-def test_returns_and_lengths_are_those_of_the_episodes_played_plainly(script, tiny_run):
+def test_returns_and_lengths_are_those_of_an_evaluation(script, tiny_run):
     films = films_of(script, tiny_run(script), episodes=2, seed=5)
-    played = play_plainly(script, tiny_run(script), 5, 2)
-    assert films.keys() == played.keys() and len(films) == 3
-    assert sum(r for pairs in played.values() for r, _ in pairs) > 0  # else it shows nothing
-    for task, pairs in played.items():
+    actor, _, tasks = script.load_agent(tiny_run(script))
+    envs = [[script.make_env(task) for _ in range(2)] for task in tasks]
+    policy = script.PolicyTable(actor, envs[0][0].observation_space, 3, "cpu")
+    script.evaluate(policy, envs, script.seed_all(5, script.EVALUATION, 0, 6))
+    assert list(films) == tasks
+    assert any(env.return_queue[0] > 0 for env in envs[0])  # else it shows nothing
+    for task, own in zip(tasks, envs, strict=True):
         name = task.removeprefix("MiniGrid-").removesuffix("-v0")
         assert last_of_each_episode(films[task]) == {
             f"{j}/2": [name, f"episode {j}/2, step {length}", f"return {value:.2f}"]
-            for j, (value, length) in enumerate(pairs, 1)
+            for j, env in enumerate(own, 1)
+            for value, length in zip(env.return_queue, env.length_queue, strict=True)
         }
 
 
@@ -123,9 +101,8 @@ def test_a_gif_of_all_tasks_the_same_for_a_seed(tiny_run, tmp_path, capsys):
     run_dir = tiny_run(mtppo_gmp)
     watch.watch(watch.Args(run_dir, episodes=1))
     first = (run_dir / "agent.gif").read_bytes()
-    assert re.fullmatch(
-        rf"{run_dir}/agent.gif: \d+ frames, [\d,]+ bytes\n", capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert re.fullmatch(rf"{run_dir}/agent.gif: \d+ frames, [\d,]+ bytes\n", shown)
     assert write(run_dir, tmp_path / "again.gif", episodes=1) == first
     assert write(run_dir, tmp_path / "other.gif", episodes=1, seed=2) != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gif", "other.gif"]
@@ -143,9 +120,8 @@ def test_colours_and_captions_survive(tmp_path):
     red, name = np.zeros((160, 160, 3), np.uint8), "a-name-that-is-longer-than-its-tile-is-wide"
     red[3:5, 3:5] = 255, 0, 0
     blank = watch.mosaic([[(red, [])]], 0)
-    image = np.asarray(
-        watch.mosaic([[(red, [name, "episode 1/3, step 500", "return 4999.99"])]], 7)
-    )
+    caption = [name, "episode 1/3, step 500", "return 4999.99"]
+    image = np.asarray(watch.mosaic([[(red, caption)]], 7))
     assert np.array_equal(image[:160], red) and np.array_equal(np.asarray(blank)[:160], red)
     below = image[160:].min(-1) < 255
     assert below.any() and not below[:, :2].any() and not below[:, -2:].any()  # nothing is cut off
@@ -167,10 +143,7 @@ def test_rows_of_many_tasks():
 def test_bad_input(tmp_path):
     (tmp_path / "checkpoint.pt").touch()
     for flags, message in (
-        (
-            dict(run_dir=tmp_path / "none"),
-            "none: holds no checkpoint.pt, must be the folder of a run",
-        ),
+        (dict(run_dir=tmp_path / "none"), "none: holds no checkpoint.pt, must be the folder of a"),
         (dict(episodes=0), "--episodes 0 "),
         (dict(seed=-1), "--seed -1: "),
         (dict(out=tmp_path / "none" / "a.gif"), "a.gif: must be a file in a folder that there is"),
@@ -219,20 +192,12 @@ def test_metaworld_returns_are_those_of_an_evaluation(metaworld_run, monkeypatch
     films = films_of(script, metaworld_run, episodes=2, seed=4)
     actor, args, tasks = script.load_agent(metaworld_run)
     goals = script.draw_goals(4, len(tasks), 2)
-    for i, (task, env) in enumerate(zip(tasks, script.make_vector_env(args).envs, strict=True)):
+    played = script.evaluate_mode(actor, script.make_vector_env(args), goals, "cpu")
+    for task, returns in zip(tasks, played.rewards.sum(2).tolist(), strict=True):
         ends = last_of_each_episode(films[task])
-        for j in range(2):
-            obs, _ = env.reset(options=dict(goals=goals[:, j]))
-            episodic_return = 0.0
-            for _ in range(500):
-                views = torch.zeros(len(tasks), 1, 39)
-                views[i, 0] = torch.as_tensor(obs)
-                with torch.no_grad():
-                    action = script.policy(actor, views)[0][i, 0].tanh().numpy()
-                obs, reward, _, _, _ = env.step(action)
-                episodic_return += reward
-            name, where, shown = ends[f"{j + 1}/2"]
-            assert (name, where) == (task.removesuffix("-v3"), f"episode {j + 1}/2, step 500")
+        for j, episodic_return in enumerate(returns, 1):
+            name, where, shown = ends[f"{j}/2"]
+            assert (name, where) == (task.removesuffix("-v3"), f"episode {j}/2, step 500")
             assert float(shown.removeprefix("return ")) == pytest.approx(episodic_return, abs=0.02)
 
 
