@@ -523,9 +523,9 @@ def train(args: Args) -> Path:
         # One episode of every task, with an update after each step
         goals = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
         returns, successes = np.zeros(num_tasks), np.zeros(num_tasks, bool)
-        scalars, losses = {}, []
+        losses = []
         obs, _ = envs.reset(options={"goals": goals})
-        for step in range(EPISODE_STEPS):
+        for _ in range(EPISODE_STEPS):
             learning = run.timestep >= args.learning_starts
             actions = choose_actions(actor, obs, learning)
             next_obs, rewards, terminated, truncated, info = envs.step(actions)
@@ -538,18 +538,15 @@ def train(args: Args) -> Path:
             for _ in range(args.updates_per_step if learning else 0):
                 batch = buffer.sample(args.batch_size)
                 losses.append(update(networks, log_alpha, optimizers, batch, args))
-            is_last = run.timestep == run.last_timestep
-            prunes = run.timestep % args.prune_frequency < num_tasks or is_last
+            progress = run.timestep / run.last_timestep
+            prunes = run.timestep % args.prune_frequency < num_tasks or progress == 1
             if args.sparsifier == "gmp" and prunes:
-                sparsify(networks, optimizers, args, run.timestep / run.last_timestep)
-            # Off-policy, so in an episode too; before learning, it would only grow zeros
-            evolves = learning and run.timestep % args.set_frequency < num_tasks
-            if args.sparsifier == "set" and evolves and step + 1 < EPISODE_STEPS:
-                scalars |= sparsify(networks, optimizers, args)
+                sparsify(networks, optimizers, args, progress)
         if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
             raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
 
         # Measure and evaluate
+        scalars = {}
         for name in losses[0] if losses else ():
             scalars[f"losses/{name}"] = torch.stack([each[name] for each in losses]).mean().item()
         scalars |= tags("charts", by_task(tasks, episodic_return=returns, success=successes))
@@ -567,8 +564,9 @@ def train(args: Args) -> Path:
             scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean().item()}
             scalars["plasticity/critic_error"] = critic_error(networks, log_alpha, played, args)
 
-        # SET's update at an episode's end: after the evaluation of what was trained
-        if args.sparsifier == "set" and evolves and not is_last:
+        # SET's update: after the evaluation of what was trained, before the next acting
+        evolves = run.is_due(args.set_frequency) and run.timestep < run.last_timestep
+        if args.sparsifier == "set" and losses and evolves:
             seed_all(args.seed, INTERVENTIONS, run.timestep)
             scalars |= sparsify(networks, optimizers, args)
 
