@@ -720,10 +720,11 @@ def plot_plasticity(runs: list[Run], path: Path) -> None:
         for panel, metric in zip(row, shown, strict=True):
             for method in group(own, "method").values():
                 draw_curve(panel, method, lambda run, metric=metric: run.metrics[metric])
-            panel.set_ylim(bottom=0)
+            panel.set(xlim=(0, None), ylim=(0, None))
+            panel.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
             if metric.endswith("dormant_ratio"):
                 panel.yaxis.set_major_formatter(PERCENT)
-        row[0].set_ylabel(", ".join(title))
+        row[0].set_ylabel(", ".join(title).replace(", ", ",\n"))
     for top, bottom, name in zip(axes[0], axes[-1], shown.values(), strict=True):
         top.set_title(name)
         bottom.set_xlabel("timesteps")
