@@ -585,7 +585,8 @@ def plasticity_table(runs: list[Run]) -> str:
         dormant = [100 * means[f"{name}_dormant_ratio"] for name in ("actor", "critic")]
         ranks = [means[f"{name}_effective_rank"] for name in ("actor", "critic")]
         cells = ["{:.1f} / {:.1f} %".format(*dormant), "{:.0f} / {:.0f}".format(*ranks)]
-        cells += [f"{means[name]:.4g}" for name in ["fisher_trace", *errors]]
+        for name in ["fisher_trace", *errors]:  # with four digits
+            cells.append(np.format_float_positional(means[name], 4, fractional=False, trim="-"))
         rows.append([benchmark, method, *cells])
     return table(columns + [METRICS[name] for name in errors], rows)
 
