@@ -233,9 +233,9 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
     """Update the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
-    was pruned stays so. Needs network.layers, {name: how
-    many layers of one shape its weight stacks, 1 for a plain one}, and network.masks, {} at first,
-    {name: zeros and ones in its weight's shape} then. apply_masks must follow every optimiser step.
+    was pruned stays so. Needs network.layers, {name: how many layers of one shape its weight
+    stacks, 1 for a plain one}, and network.masks, {} at first, {name: zeros and ones in its
+    weight's shape} then. apply_masks must follow every optimiser step.
     """
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     scores = {name: weight.abs() for name, weight in weights.items()}

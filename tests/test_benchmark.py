@@ -600,6 +600,14 @@ def test_the_studies_of_the_repository(path, tmp_path):
     sweep.check_flags(runs)
 
 
+def test_a_flag_may_be_a_list_of_texts(tmp_path):
+    flags = 'env-names = ["reach-v3", "push-v3"], prune = "none"'
+    path = study_file(tmp_path, ("two", "mtsac_sparse_metaworld.py", flags))
+    [run] = sweep.read_study(path, tmp_path)
+    assert run.flags[4:] == ["--env-names", "reach-v3", "push-v3", "--prune=none"]
+    assert "__env-names=reach-v3+push-v3,prune=none__" in run.folder.name
+
+
 def test_studies_share_their_runs(tmp_path):
     folders = {p.stem: {run.folder for run in sweep.read_study(p, tmp_path)} for p in STUDIES}
     one, table = folders["experiment1_mt5_mtppo"], folders["table1"]
