@@ -16,7 +16,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock
-from gymnasium.wrappers import RecordEpisodeStatistics
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper
 from torch import Tensor
@@ -46,55 +45,55 @@ class Args:
 
     # Tasks
     benchmark: Literal["MT3", "MT5", "MT7"] = "MT5"  # the first 3, 5 or 7 tasks of MT7
-    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead; their missions are not seen
+    env_ids: tuple[str, ...] = ()  # Gymnasium ids instead
     seed: int = 1  # random seed
     total_timesteps: int = 400_000  # environment steps per task
 
     # PPO
-    num_steps: int = 2000  # timesteps of a rollout, per task
-    actor_lr: float = 1e-3  # learning rate of the actor's Adam
-    critic_lr: float = 1e-3  # learning rate of the critic's Adam
+    num_steps: int = 2000  # timesteps of a rollout
+    actor_lr: float = 1e-3  # learning rate of the actor
+    critic_lr: float = 1e-3  # learning rate of the critic
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of GAE (Schulman et al. 2016)
-    clip_coef: float = 0.2  # clipping range of the probability ratio
+    gae_lambda: float = 0.95  # lambda of GAE
+    clip_coef: float = 0.2  # clipping range of the ratio
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     update_epochs: int = 8  # epochs of the actor over a rollout
-    minibatch_size: int = 256  # samples per task in an actor's minibatch
+    minibatch_size: int = 256  # samples per task in a minibatch
     critic_epochs: int = 1  # epochs of the critic over a rollout
     critic_minibatch_size: int = 2000  # samples per task in a critic's minibatch
     weight_decay: float = 0.0  # L2 coefficient of Adam
-    layer_norm: bool = False  # LayerNorm before each nonlinearity, without gain and bias
+    layer_norm: bool = False  # LayerNorm before each nonlinearity
 
     # Experts
-    num_experts: int = 0  # expert trunks (0: 2, 3, 4 on MT3, MT5, MT7)
+    num_experts: int = 0  # experts (0: 2, 3, 4 on MT3, MT5, MT7)
 
     # Gradual magnitude pruning and sparse evolutionary training
-    sparsifier: Literal["none", "gmp", "set"] = "gmp"  # prune (gmp), sparse evolution (set), dense
+    sparsifier: Literal["none", "gmp", "set"] = "gmp"  # none: dense
     sparsity: float = 0.95  # share of pruned weights (0: dense)
     prune_start: float = 0.05  # share of training after which pruning begins
     prune_end: float = 0.80  # share of training after which sparsity is full
-    prune_frequency: int = 500  # timesteps between two mask updates
-    prune_scope: Literal["layer", "global"] = "global"  # rank weights per layer or over the network
+    prune_frequency: int = 500  # timesteps between mask updates
+    prune_scope: Literal["layer", "global"] = "global"  # rank weights per layer, or all
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
-    set_frequency: int = 2000  # timesteps between two SET updates
-    set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
-    set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
-    set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
+    set_frequency: int = 2000  # timesteps between SET updates
+    set_epsilon: float | None = None  # density epsilon * (in + out) / (in * out) instead
+    set_regrow: Literal["random", "gradient"] = "random"  # gradient: Evci et al. 2020
+    set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
 
     # Evaluation and plasticity metrics
-    eval_frequency: int = 10_000  # timesteps between two evaluations (0: one at the end)
+    eval_frequency: int = 10_000  # timesteps between evaluations (0: at the end)
     eval_episodes: int = 25  # episodes per task in an evaluation
-    plasticity_frequency: int = 10_000  # timesteps between two measurements (0: one at the end)
+    plasticity_frequency: int = 10_000  # timesteps between measurements (0: at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
-    plasticity_buffer_size: int = 100_000  # latest observations to draw them from
-    dormant_tau: float = 0.001  # mean |output| over its layer's, up to which a neuron is dormant
-    srank_delta: float = 0.01  # singular values' share left out of the effective rank
+    plasticity_buffer_size: int = 100_000  # the latest, to draw from
+    dormant_tau: float = 0.001  # dormant up to this share of its layer's mean |output|
+    srank_delta: float = 0.01  # share of the singular values left out
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
-    run_dir: str | None = None  # folder of log and checkpoint; if none, a new one in runs/
-    checkpoint_frequency: int = 10_000  # timesteps between two checkpoints
-    resume: str | None = None  # run folder to go on with; its flags are the defaults
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
+    run_dir: str | None = None  # the run's folder (none: a new one in runs/)
+    checkpoint_frequency: int = 10_000  # timesteps between checkpoints
+    resume: str | None = None  # a run's folder; its flags are the defaults
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
@@ -121,7 +120,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_tasks, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_tasks, 1, out_features))
-        self.bound = in_features**-0.5  # torch's own for a linear layer
+        self.bound = in_features**-0.5  # as nn.Linear's
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -self.bound, self.bound)
 
@@ -137,7 +136,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         height, width, channels = obs_shape
         self.num_experts = k = args.num_experts or NUM_EXPERTS[args.benchmark]
-        self.conv1 = nn.Conv2d(channels, k * 16, 2)  # all experts see the observation
+        self.conv1 = nn.Conv2d(channels, k * 16, 2)
         self.conv2 = nn.Conv2d(k * 16, k * 32, 2, groups=k)
         self.conv3 = nn.Conv2d(k * 32, k * 64, 2, groups=k)
         self.task_encoder = nn.Linear(num_tasks, k, bias=False)  # stays dense
@@ -146,14 +145,13 @@ class MixtureOfExperts(nn.Module):
         self.layer_norm = args.layer_norm
         # Each layer, in order, and how many layers of one shape it batches
         self.layers = dict(conv1=k, conv2=k, conv3=k, head_hidden=num_tasks, head_output=num_tasks)
-        self.masks = {}  # layer -> zeros and ones in its weight's shape; empty: dense
+        self.masks = {}  # layer -> zeros and ones like its weight; empty: dense
 
-    def activations(self, obs: Tensor, counts: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """obs (N, h, w, c), counts[0] of the first task, counts[1] of the second, ... -> what each
-        hidden layer puts out, the convolutions' (N, k * C, h', w') and the heads' (task,
-        max(counts), 128), each task's rows, then padding; the mixed features (N, D); the output (N,
-        output). The last convolution's are before Tanh, which follows the mixing, so that they are
-        hardly ever dormant."""
+    def activations(self, obs: Tensor, counts: list[int]):
+        """obs (N, h, w, c), counts[i] of them task i's, task by task -> what each hidden layer puts
+        out, the convolutions' (N, k * C, h', w') and the heads' (task, max(counts), 128), padded
+        behind each task's rows; the mixed features (N, D); the output (N, output). The last
+        convolution's are before Tanh, which follows the mixing, so they are hardly ever dormant."""
         x = obs.permute(0, 3, 1, 2).float().contiguous()  # (N, c, h, w), for speed
         conv1 = F.relu(self.normalise(self.conv1(x)))
         conv2 = F.relu(self.normalise(self.conv2(conv1)))
@@ -163,11 +161,14 @@ class MixtureOfExperts(nn.Module):
         one_hot = torch.cat([row.expand(n, -1) for row, n in zip(one_hot, counts, strict=True)])
         weights = self.task_encoder(one_hot)  # (N, k)
         features = F.tanh((weights[:, None] @ experts)[:, 0])  # (N, D)
-        by_task = [F.pad(x, (0, 0, 0, max(counts) - len(x))) for x in features.split(counts)]
-        hidden = self.head_hidden(torch.stack(by_task))  # (task, max(counts), 128)
-        hidden = F.tanh(F.layer_norm(hidden, hidden.shape[-1:]) if self.layer_norm else hidden)
+        longest = max(counts)
+        by_task = [F.pad(x, (0, 0, 0, longest - len(x))) for x in features.split(counts)]
+        hidden = self.head_hidden(torch.stack(by_task))  # (task, longest, 128)
+        if self.layer_norm:
+            hidden = F.layer_norm(hidden, hidden.shape[-1:])
+        hidden = F.tanh(hidden)
         output = self.head_output(hidden)
-        output = torch.cat([rows[:count] for rows, count in zip(output, counts, strict=True)])
+        output = torch.cat([rows[:n] for rows, n in zip(output, counts, strict=True)])
         return [conv1, conv2, conv3, hidden], features, output
 
     def normalise(self, x: Tensor) -> Tensor:  # each expert's channels apart
@@ -176,10 +177,10 @@ class MixtureOfExperts(nn.Module):
     def forward(self, obs: Tensor, counts: list[int]) -> Tensor:
         return self.activations(obs, counts)[-1]
 
-    def get_extra_state(self) -> dict[str, Tensor]:  # makes the masks part of state_dict
+    def get_extra_state(self) -> dict:  # makes the masks part of state_dict
         return self.masks
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+    def set_extra_state(self, state: dict):
         device = next(self.parameters()).device
         self.masks = {layer: mask.to(device) for layer, mask in state.items()}
 
@@ -200,14 +201,13 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 
 
 @torch.no_grad()
-def prune(network: nn.Module, sparsity: float, scope: str) -> None:
+def prune(network: nn.Module, sparsity: float, scope: str):
     """Update the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
     was pruned stays so. Needs network.layers, {name: how many layers of one shape its weight
     stacks, 1 for a plain one}, and network.masks, {} at first, {name: zeros and ones in its
-    weight's shape} then. apply_masks must follow every optimiser step.
-    """
+    weight's shape} then. apply_masks must follow every optimiser step."""
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     scores = {name: weight.abs() for name, weight in weights.items()}
     for name, mask in network.masks.items():
@@ -218,10 +218,11 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
     else:
         raise ValueError(f"scope: layer or global, not {scope}")
+    least = 1 if scope == "layer" else sum(network.layers.values())
     masks = []
     for rows in ranked:
         keep = rows.shape[1] - round(sparsity * rows.shape[1])
-        if keep < (1 if scope == "layer" else sum(network.layers.values())):
+        if keep < least:
             raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
         masks.append((keep_largest(rows, keep) * (rows >= 0)).flatten())
     masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
@@ -231,7 +232,7 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
 
 
 @torch.no_grad()
-def apply_masks(network: nn.Module) -> None:
+def apply_masks(network: nn.Module):
     """Set the pruned weights to zero. To be called after every optimiser step, which moves them."""
     for name, mask in network.masks.items():
         network.get_submodule(name).weight.mul_(mask)
@@ -249,18 +250,17 @@ def update_masks(networks: dict, args: Args, last_timestep: int, timestep: int) 
     return True
 
 
-def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
+def clear_state(optimizer, parameter: Tensor, where: Tensor):
     """Zero the moments that the optimiser keeps of some of a parameter's entries. where: bool."""
-    for remembered in optimizer.state.get(parameter, {}).values():
-        if isinstance(remembered, Tensor) and remembered.shape == parameter.shape:
-            remembered.masked_fill_(where, 0.0)
+    for moment in optimizer.state.get(parameter, {}).values():
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            moment.masked_fill_(where, 0.0)
 
 
-def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
-    """Erdős–Rényi(-Kernel) densities, the shares of active weights, of layers with weights of these
-    shapes, (out, in) or (out, in, kh, kw): in proportion to the sum of a shape over its product, by
-    one scale that makes 1 - sparsity of all weights active; what would pass 1 is dense. Source:
-    Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels)."""
+def erk_densities(shapes: list[tuple], sparsity: float) -> list[float]:
+    """Erdős–Rényi(-Kernel) densities of weights of these shapes, (out, in) or (out, in, kh, kw): in
+    proportion to the sum of a shape over its product, scaled so that 1 - sparsity of all weights
+    are active; dense where that passes 1 (Mocanu et al. 2018, equation 3; Evci et al. 2020)."""
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
     dense = set()
@@ -274,10 +274,9 @@ def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]
         dense |= saturated
 
 
-def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) -> dict[str, float]:
-    """Density of each linear layer: solved for the sparsity (none at 0), or SET's own where epsilon
-    is given (Mocanu et al. 2018, equation 3). Needs network.layers, {name: how many
-    layers of one shape its weight stacks, 1 for a plain one}."""
+def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) -> dict:
+    """Density of each linear layer, {} at sparsity 0; with an epsilon SET's (Mocanu et al. 2018,
+    equation 3). Needs network.layers, {name: how many layers of one shape its weight stacks}."""
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     linear = {name: tuple(w.shape[-2:]) for name, w in weights.items() if w.dim() < 4}
     if sparsity == 0:
@@ -289,7 +288,7 @@ def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) ->
     return {name: densities[shape] for name, shape in linear.items()}
 
 
-def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
+def draw_masks(network: nn.Module, densities: dict):
     """Give each of these layers a mask with exactly round(density * n) active weights at random
     places, and apply it; apply_masks must follow every optimiser step. Needs network.layers and
     network.masks, {} at first; sets network.densities and each layer's grown, for evolve."""
@@ -313,8 +312,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     regrow: places at "random", or where the last minibatch's "gradient" is largest (RigL, Evci et
     al. 2020). grow: weights start at "zero", or uniform in [-bound, bound] ("init": layer.bound, by
     default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
-    what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
-    """
+    what the last update grew that this one keeps (NaN at first). Needs draw_masks before."""
     grown_before, kept_of_it = [], []
     for name, density in network.densities.items():
         layer = network.get_submodule(name)
@@ -328,7 +326,8 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
             raise ValueError(f"{name}: has no gradient to grow by, evolve must follow an update")
         else:
             scores = layer.weight.grad.abs().reshape(magnitudes.shape)
-        magnitudes, scores = magnitudes.masked_fill(~active, -1.0), scores.masked_fill(active, -1.0)
+        magnitudes = magnitudes.masked_fill(~active, -1.0)
+        scores = scores.masked_fill(active, -1.0)
         kept = keep_largest(magnitudes, count - moved).view_as(layer.weight)
         grown = keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
@@ -352,29 +351,32 @@ def to_device(array: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
+@dataclass
 class PolicyTable:
     """The policy's log-probs on the host, computed once for each key: (task, bytes of a view)."""
 
-    def __init__(self, actor: nn.Module, space: gym.spaces.Box, num_tasks: int, device: str):
-        """space: of one view, (h, w, c)."""
-        self.actor, self.space, self.num_tasks, self.device = actor, space, num_tasks, device
-        self.log_probs = {}  # key -> (action,)
+    actor: nn.Module
+    space: gym.spaces.Box  # of one view, (h, w, c)
+    num_tasks: int
+    device: str
+    log_probs: dict = field(default_factory=dict)  # key -> (action,)
 
-    def to_batch(self, keys: list[tuple[int, bytes]]) -> tuple[Tensor, list[int]]:
+    def to_batch(self, keys: list) -> tuple:
         """The views (N, h, w, c) of sorted keys, so task by task, and how many are each task's."""
-        views = np.frombuffer(bytearray().join(view for _, view in keys), self.space.dtype)
-        views = to_device(views.reshape(-1, *self.space.shape), self.device)
-        return views, np.bincount([i for i, _ in keys], minlength=self.num_tasks).tolist()
+        tasks, views = zip(*keys, strict=True)
+        counts = np.bincount(tasks, minlength=self.num_tasks).tolist()
+        views = np.frombuffer(bytearray().join(views), self.space.dtype)
+        return to_device(views.reshape(-1, *self.space.shape), self.device), counts
 
     @torch.no_grad()
-    def look_up(self, keys: list[tuple[int, bytes]]) -> np.ndarray:
+    def look_up(self, keys: list) -> np.ndarray:
         """Log-probs (len(keys), action); the actor is run on what is new."""
         if new := sorted({*keys} - self.log_probs.keys()):
             rows = F.log_softmax(self.actor(*self.to_batch(new)), dim=-1)
             self.log_probs.update(zip(new, rows.cpu().numpy(), strict=True))  # all that is fetched
         return np.array([self.log_probs[key] for key in keys])
 
-    def refresh(self, latest=()) -> None:
+    def refresh(self, latest=()):
         """Run the actor, which has changed, on the known views and latest, (task, n, h, w, c)."""
         keys = [(i, view.tobytes()) for i, own in enumerate(latest) for view in own]
         keys = [*keys, *self.log_probs]
@@ -385,12 +387,12 @@ class PolicyTable:
 class Rollout(NamedTuple):
     """The transitions of one iteration."""
 
-    views: Tensor  # (N, h, w, c), each distinct view of the first task, the second, ...
+    views: Tensor  # (N, h, w, c), the distinct views, task by task
     counts: list[int]  # how many are each task's
-    index: np.ndarray  # int64 (task, num_steps) on the host, which view each step began with
-    next_index: np.ndarray  # the same, which view it led to, also where the episode ended there
+    index: np.ndarray  # int64 (task, num_steps) on the host: the view each step began with
+    next_index: np.ndarray  # the view it led to, also where the episode ended there
     action: Tensor  # int64 (task, num_steps) on the device, as are those below
-    log_prob: Tensor  # of the behaviour policy, when it acted
+    log_prob: Tensor  # of the behaviour policy
     reward: Tensor
     terminated: Tensor  # bool
     done: Tensor  # bool, terminated or truncated
@@ -403,9 +405,13 @@ def collect(envs: list, policy: PolicyTable, seeds, num_steps: int, timestep=0, 
     shape = len(envs), num_steps
     noise = np.random.gumbel(size=(num_steps, len(envs), envs[0].action_space.n))
     action = np.zeros(shape, np.int64)
-    log_prob, reward = np.zeros((2, *shape), np.float32)
-    terminated, done = np.zeros((2, *shape), bool)
-    before, after, episodes = ([[] for _ in envs] for _ in range(3))  # before and after: keys
+    log_prob = np.zeros(shape, np.float32)
+    reward = np.zeros(shape, np.float32)
+    terminated = np.zeros(shape, bool)
+    done = np.zeros(shape, bool)
+    before = [[] for _ in envs]  # each task's keys
+    after = [[] for _ in envs]
+    episodes = [[] for _ in envs]
     now = [(i, env.reset(seed=seeds[i])[0].tobytes()) for i, env in enumerate(envs)]
     for step in range(num_steps):
         log_probs = policy.look_up(now)  # (task, action)
@@ -448,15 +454,15 @@ def gae(rollout: Rollout, values: Tensor, next_values, gamma: float, gae_lambda:
 @torch.no_grad()
 def estimate_advantages(critic: nn.Module, rollout: Rollout, args: Args):
     """Advantages, standardised per task, and returns, (task, num_steps); explained variance."""
-    table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), the value of each view
+    table = critic(rollout.views, rollout.counts).squeeze(-1)  # (N,), each view's
     values = table[to_device(rollout.index, table.device)]
     next_values = table[to_device(rollout.next_index, table.device)]
     advantages = gae(rollout, values, next_values, args.gamma, args.gae_lambda)
     returns = advantages + values
-    explained_variance = 1 - advantages.var() / returns.var()
+    explained = 1 - advantages.var() / returns.var()
     advantages = advantages - advantages.mean(1, keepdim=True)
     advantages /= advantages.std(1, correction=0, keepdim=True) + 1e-8
-    return advantages, returns, explained_variance
+    return advantages, returns, explained
 
 
 def minibatches(rollout: Rollout, size: int):
@@ -485,13 +491,17 @@ def actor_losses(logits, actions, old_log_probs, advantages, clip_coef: float, e
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     losses = -(surrogate + ent_coef * entropy).mean(1)
-    logged = {"policy_loss": -surrogate.mean(), "entropy": entropy.mean()}
-    logged["approx_kl"] = (ratio - 1 - log_ratio).mean()
-    logged["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
-    return losses, {name: value.detach() for name, value in logged.items()}
+    with torch.no_grad():
+        logged = {
+            "policy_loss": -surrogate.mean(),
+            "entropy": entropy.mean(),
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
+            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        }
+    return losses, logged
 
 
-def descend(losses: Tensor, network: nn.Module, optimizer, backward=None) -> None:
+def descend(losses: Tensor, network: nn.Module, optimizer, backward=None):
     """One step down the gradient of the mean of losses (task,), or what backward makes of them."""
     optimizer.zero_grad()
     if backward is None:
@@ -512,7 +522,7 @@ def update_actor(actor, optimizer, rollout, advantages, args: Args, backward=Non
             losses, to_log = actor_losses(logits, *samples, args.clip_coef, args.ent_coef)
             descend(losses, actor, optimizer, backward)
             logged.append(to_log)
-    return {name: torch.stack([entry[name] for entry in logged]).mean() for name in logged[0]}
+    return {name: torch.stack([x[name] for x in logged]).mean() for name in logged[0]}
 
 
 def update_critic(critic, optimizer, rollout, returns, args: Args, backward=None) -> dict:
@@ -540,11 +550,13 @@ def train(args: Args) -> Path:
     networks = make_networks(args, device)
     actor, critic = networks["actor"], networks["critic"]
     adam = partial(Adam, weight_decay=args.weight_decay, fused=True)
-    optimizers = {"actor": adam(actor.parameters(), args.actor_lr)}
-    optimizers["critic"] = adam(critic.parameters(), args.critic_lr)
+    optimizers = {
+        "actor": adam(actor.parameters(), args.actor_lr),
+        "critic": adam(critic.parameters(), args.critic_lr),
+    }
     space = envs[0].observation_space
-    dtype, size = torch.as_tensor(space.sample()).dtype, args.plasticity_buffer_size
-    buffer = plasticity.ObservationBuffer(size, num_tasks, space.shape, dtype, device)
+    capacity = args.plasticity_buffer_size
+    buffer = plasticity.ObservationBuffer(capacity, num_tasks, space.sample(), device)
     label = "custom" if args.env_ids else args.benchmark
     parts = networks | {f"{name}_optimizer": o for name, o in optimizers.items()}
     run = Run(args, label, device, args.num_steps, parts | {"buffer": buffer})
@@ -554,18 +566,18 @@ def train(args: Args) -> Path:
 
     while run.timestep < run.last_timestep:
         # Collect, with masks updated on the way
-        env_seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
+        seeds = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
         policy = PolicyTable(actor, space, num_tasks, device)
-        policy.refresh(buffer.latest(args.num_steps).cpu().numpy())  # most will come again
-        rollout, episodes = collect(envs, policy, env_seeds, args.num_steps, run.timestep, prune_at)
+        policy.refresh(buffer.latest(args.num_steps).cpu().numpy())  # most come again
+        rollout, episodes = collect(envs, policy, seeds, args.num_steps, run.timestep, prune_at)
         buffer.add(rollout.views[to_device(rollout.index, device)])
         run.timestep += args.num_steps
 
         # Update
-        advantages, returns, explained_variance = estimate_advantages(critic, rollout, args)
+        advantages, returns, explained = estimate_advantages(critic, rollout, args)
         losses = update_critic(critic, optimizers["critic"], rollout, returns, args)
         losses |= update_actor(actor, optimizers["actor"], rollout, advantages, args)
-        losses["explained_variance"] = explained_variance
+        losses["explained_variance"] = explained
         scalars = {f"losses/{name}": value.item() for name, value in losses.items()}
         if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
             raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
@@ -574,19 +586,20 @@ def train(args: Args) -> Path:
 
         # Measure and evaluate
         scalars |= plasticity.measure_sparsity(networks)
-        for task, weights in zip(tasks, actor.task_encoder.weight.T.tolist(), strict=True):
+        routing = actor.task_encoder.weight.T.tolist()  # (task, expert)
+        for task, weights in zip(tasks, routing, strict=True):
             scalars |= {f"routing/{task}/expert_{i}": w for i, w in enumerate(weights)}
-        scalars |= tags("charts", summarize(tasks, episodes))
+        scalars |= summarize("charts", tasks, episodes)
         if run.is_due(args.plasticity_frequency):
             seed_all(args.seed, METRICS, run.timestep)
-            scalars |= measure_plasticity(networks, buffer.sample(args.plasticity_batch_size), args)
+            obs = buffer.sample(args.plasticity_batch_size)
+            scalars |= measure_plasticity(networks, obs, args)
         if run.is_due(args.eval_frequency):
             num_episodes = num_tasks * args.eval_episodes
-            env_seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
+            seeds = seed_all(args.seed, EVALUATION, run.timestep, num_episodes)
             policy.refresh()
-            run.evaluation = summarize(tasks, evaluate(policy, eval_envs, env_seeds))
-            scalars |= tags("eval", run.evaluation)
-            scores = run.evaluation["normalized_return"].values()
+            scalars |= summarize("eval", tasks, evaluate(policy, eval_envs, seeds))
+            scores = [scalars[f"eval/normalized_return/{task}"] for task in tasks]
             scalars["eval/normalized_return"] = sum(scores) / num_tasks
 
         # SET's update: after the evaluation of what was trained, before the next acting
@@ -599,7 +612,8 @@ def train(args: Args) -> Path:
                 scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
 
         run.end_iteration(scalars)
-    return run.finish()
+    print(f"finished: {run.folder}")
+    return run.folder
 
 
 # ======== Support: tasks, seeds, evaluation, metrics, arguments, checkpoints, logs ========
@@ -616,7 +630,7 @@ BEST_RETURN = {
     "MultiRoom-N2-S4": 1 - 0.9 * 5 / 40,
 }
 NUM_EXPERTS = {"MT3": 2, "MT5": 3, "MT7": 4}
-VIEWS = {}  # (task, state of its grid) -> view, that of all environments
+VIEWS = {}  # (task, state of its grid) -> view, of all environments
 NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS = range(5)  # purposes of a seed
 
 
@@ -648,10 +662,10 @@ def make_env(env_id: str) -> gym.Env:
             return {"image": view, "direction": game.agent_dir, "mission": game.mission}
 
         game.gen_obs = gen_obs
-    return RecordEpisodeStatistics(ImgObsWrapper(env))
+    return gym.wrappers.RecordEpisodeStatistics(ImgObsWrapper(env))
 
 
-def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
+def make_networks(args: Args, device="cpu") -> dict:
     """Actor and critic of the run's tasks, drawn anew, with their first masks."""
     env, num_tasks = make_env(task_ids(args)[0]), len(task_ids(args))
     outputs = {"actor": int(env.action_space.n), "critic": 1}
@@ -665,13 +679,14 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
     """Seed torch and NumPy for a purpose at a timestep; returns seeds for environments. So neither
     evaluation nor metrics disturb training, and a resumed run needs no generator's state."""
-    seeds = np.random.SeedSequence((seed, purpose, timestep)).generate_state(1 + num_envs).tolist()
+    sequence = np.random.SeedSequence((seed, purpose, timestep))
+    seeds = sequence.generate_state(1 + num_envs).tolist()
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])
     return seeds[1:]
 
 
-def evaluate(policy: PolicyTable, envs: list[list[gym.Env]], seeds: list[int]) -> list[list]:
+def evaluate(policy: PolicyTable, envs: list, seeds: list) -> list:
     """Play one episode in each of envs[task][episode]: (return, length) of each task's."""
     episodes = [[] for _ in envs]
     running = {}  # (task, episode) -> the key of its view
@@ -689,22 +704,20 @@ def evaluate(policy: PolicyTable, envs: list[list[gym.Env]], seeds: list[int]) -
     return episodes
 
 
-def summarize(tasks: list[str], episodes: list[list]) -> dict[str, dict[str, float]]:
-    """{what: {task: mean}} over the (return, length) of each task's episodes, if there are any."""
-    means = {t: np.mean(e, axis=0).tolist() for t, e in zip(tasks, episodes, strict=True) if e}
-    return {
-        "normalized_return": {t: mean[0] / BEST_RETURN.get(t, 1.0) for t, mean in means.items()},
-        "episodic_return": {t: mean[0] for t, mean in means.items()},
-        "episodic_length": {t: mean[1] for t, mean in means.items()},
-    }
+def summarize(group: str, tasks: list, episodes: list) -> dict:
+    """What to log: means over the (return, length) of each task's episodes, if there are any."""
+    scalars = {}
+    for task, played in zip(tasks, episodes, strict=True):
+        if played:
+            mean_return, mean_length = np.mean(played, axis=0).tolist()
+            best = BEST_RETURN.get(task, 1.0)
+            scalars[f"{group}/normalized_return/{task}"] = mean_return / best
+            scalars[f"{group}/episodic_return/{task}"] = mean_return
+            scalars[f"{group}/episodic_length/{task}"] = mean_length
+    return scalars
 
 
-def tags(group: str, summary: dict[str, dict[str, float]]) -> dict[str, float]:
-    """A summary under its log tags."""
-    return {f"{group}/{what}/{t}": x for what, xs in summary.items() for t, x in xs.items()}
-
-
-def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) -> dict[str, float]:
+def measure_plasticity(networks: dict, obs: Tensor, args: Args) -> dict:
     """Dormant ratio and effective rank of actor and critic, Fisher trace of the actor, for obs
     (task, batch, h, w, c). A head's neurons see their own task's observations alone."""
     actor, metrics = networks["actor"], {}
@@ -723,7 +736,7 @@ def measure_plasticity(networks: dict[str, nn.Module], obs: Tensor, args: Args) 
     return metrics | {"plasticity/fisher_trace": fisher_trace}
 
 
-def require(args: Args, names: str, allowed, what: str) -> None:
+def require(args: Args, names: str, allowed, what: str):
     """Raise ValueError for the first of these arguments that is not allowed."""
     for name in names.split():
         value = getattr(args, name)
@@ -731,7 +744,7 @@ def require(args: Args, names: str, allowed, what: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def check_tasks(args: Args) -> None:
+def check_tasks(args: Args):
     """Raise ValueError for a task that cannot be played, or not by the first one's networks."""
     require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "different tasks")
     spaces = {}
@@ -740,23 +753,23 @@ def check_tasks(args: Args) -> None:
             env = make_env(env_id)
             env.reset(seed=0)  # some fail here alone
             make_networks(args)
-        except Exception as error:  # an environment may raise anything
+        except Exception as error:  # it may raise anything
             raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
         spaces[env_id] = f"{env.observation_space}, {env.action_space}"
-    require(
-        args, "env_ids", lambda _: len({*spaces.values()}) < 2, f"of equal spaces, not {spaces}"
-    )
+    equal = len({*spaces.values()}) < 2
+    require(args, "env_ids", lambda _: equal, f"of equal spaces, not {spaces}")
 
 
-def check_run(args: Args) -> None:
+def check_run(args: Args):
     """Raise ValueError for an argument that no script can have."""
-    numbers = " ".join(name for name, x in vars(args).items() if isinstance(x, int | float))
-    require(args, numbers, lambda x: 0 <= x < math.inf, "at least 0")
-    require(args, "eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
-    require(args, "sparsity srank_delta", lambda x: x < 1, "below 1")
-    require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
-    own = args.run_dir and (args.resume or Path(args.run_dir, "checkpoint.pt").exists())
-    require(args, "run_dir", lambda _: not own, "a folder without a run, and not beside --resume")
+    check = partial(require, args)
+    numbers = [name for name, x in vars(args).items() if isinstance(x, int | float)]
+    check(" ".join(numbers), lambda x: 0 <= x < math.inf, "at least 0")
+    check("eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
+    check("sparsity srank_delta", lambda x: x < 1, "below 1")
+    check("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
+    taken = args.run_dir and (args.resume or Path(args.run_dir, "checkpoint.pt").exists())
+    check("run_dir", lambda _: not taken, "a folder without a run, not beside --resume")
 
 
 def load_checkpoint(run_dir: str) -> dict:
@@ -768,7 +781,7 @@ def load_checkpoint(run_dir: str) -> dict:
     return state
 
 
-def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
+def load_agent(run_dir: str) -> tuple:
     """The actor of a run, on the CPU and without gradients, its arguments and its tasks."""
     checkpoint = load_checkpoint(run_dir)
     args = Args(**checkpoint["args"] | {"device": "cpu"})
@@ -783,18 +796,16 @@ class Run:
 
     def __init__(self, args: Args, label: str, device: str, stride: int, parts: dict):
         self.args, self.stride, self.parts = args, stride, parts
-        self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
         name = f"{label}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
-        check_run(args)  # again, now that nobody else writes to the folder
-        if args.resume is not None:
-            state = load_checkpoint(self.folder)
-            self.timestep, self.evaluation = state["timestep"], state["evaluation"]
-            for name, part in parts.items():
-                groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
-                part.load_state_dict(state[name] | groups)  # the learning rate may be another one
+        check_run(args)  # again, behind the lock
+        state = load_checkpoint(args.resume) if args.resume else {"timestep": 0}
+        self.timestep = state["timestep"]
+        for name in parts.keys() & state.keys():
+            groups = {k: v for k, v in parts[name].state_dict().items() if k == "param_groups"}
+            parts[name].load_state_dict(state[name] | groups)  # but learning rates
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()
@@ -806,7 +817,7 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"if it is stopped: python {Path(__file__).name} --resume {self.folder}", flush=True)
+        print(f"to go on: python {Path(__file__).name} --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
@@ -814,42 +825,34 @@ class Run:
         came = frequency > 0 and self.timestep % frequency < self.stride
         return came or self.timestep == self.last_timestep
 
-    def end_iteration(self, scalars: dict[str, float]) -> None:
+    def end_iteration(self, scalars: dict):
         """Log, show how the run goes, and save a checkpoint if it is time to."""
         timestep, now = self.start
         scalars["charts/SPS"] = (self.timestep - timestep) / (time.monotonic() - now)
+        is_last = self.timestep == self.last_timestep
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
-        for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
-            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}", sys.stderr)
+            if tag.startswith("eval/") and (is_last or tag.count("/") == 1):
+                self.bar.write(f"timestep {self.timestep}: {tag} {value:.3f}", sys.stderr)
         returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
         self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
         self.bar.update(self.stride)
         if self.is_due(self.args.checkpoint_frequency):
-            self.writer.flush()  # before the checkpoint, so that the log never lags behind it
+            self.writer.flush()  # first, so that the log never lags
             self.save()
+        if is_last:
+            self.bar.close()
+            self.writer.close()
 
-    def save(self) -> None:
+    def save(self):
         """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
-        state = dict(script=Path(__file__).stem, timestep=self.timestep, evaluation=self.evaluation)
-        anywhere = dict(resume=None, run_dir=None, device=self.args.device.replace("cuda", "auto"))
-        state["args"] = asdict(self.args) | anywhere
+        device = self.args.device.replace("cuda", "auto")  # it may go on elsewhere
+        args = asdict(self.args) | {"resume": None, "run_dir": None, "device": device}
+        state = {"script": Path(__file__).stem, "args": args, "timestep": self.timestep}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         partial_file = self.folder / "checkpoint.partial"
         torch.save(state, partial_file)
         partial_file.replace(self.folder / "checkpoint.pt")
-
-    def finish(self) -> Path:
-        """Print the last evaluation, a row per task and their mean. Returns the folder."""
-        self.bar.close()
-        self.writer.close()
-        columns = self.evaluation.values()
-        print(f"{'task':20}", *(f"{what.replace('_', ' '):>18}" for what in self.evaluation))
-        for task in next(iter(columns), ()):
-            print(f"{task:20}", *(f"{column[task]:18.3f}" for column in columns))
-        print(f"{'mean':20}", *(f"{np.mean([*column.values()]):18.3f}" for column in columns))
-        print(f"finished: {self.folder}")
-        return self.folder
 
 
 if __name__ == "__main__":

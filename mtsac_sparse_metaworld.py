@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -54,24 +54,24 @@ class Args:
     env_names: tuple[str, ...] = ()  # Meta-World names instead (one: single-task SAC)
     seed: int = 1  # random seed
     total_timesteps: int = 20_000_000  # environment steps over all tasks
-    vectorization: Literal["async", "sync"] = "async"  # a process for each environment, or none
+    vectorization: Literal["async", "sync"] = "async"  # a process per environment, or none
 
     # SAC
     batch_size: int = 128  # transitions of a batch, of each task
-    buffer_size: int = 1_000_000  # transitions in the replay buffer, over all tasks
-    learning_starts: int = 40_000  # timesteps of random actions before the first update
+    buffer_size: int = 1_000_000  # transitions kept, over all tasks
+    learning_starts: int = 40_000  # timesteps of random actions at first
     updates_per_step: int = 1  # updates after each step of all environments
-    actor_lr: float = 3e-4  # learning rate of the actor's Adam
-    critic_lr: float = 3e-4  # learning rate of the critic's Adam
-    alpha_lr: float = 3e-4  # learning rate of the temperatures' Adam
+    actor_lr: float = 3e-4  # learning rate of the actor
+    critic_lr: float = 3e-4  # learning rate of the critic
+    alpha_lr: float = 3e-4  # learning rate of the temperatures
     adam_eps: float = 1e-5  # epsilon of every Adam
     max_grad_norm: float = 1.0  # largest norm of a network's gradient
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # step of the target critics towards the critics
-    max_q: float = 5000.0  # largest absolute value of a target (0: no limit)
-    bootstrap_at_truncation: bool = True  # go on with the critics' value at the time limit
+    max_q: float = 5000.0  # bound of a target's magnitude (0: none)
+    bootstrap_at_truncation: bool = True  # bootstrap at the time limit
     weight_decay: float = 0.0  # L2 coefficient of Adam
-    layer_norm: bool = False  # LayerNorm before each nonlinearity, without gain and bias
+    layer_norm: bool = False  # LayerNorm before each nonlinearity
 
     # Gradual magnitude pruning and sparse evolutionary training
     prune: Literal["actor", "critic", "both", "none"] = "actor"  # what is sparse (none: dense)
@@ -79,27 +79,27 @@ class Args:
     sparsity: float = 0.95  # share of pruned weights (0: dense)
     prune_start: float = 0.05  # share of training after which pruning begins
     prune_end: float = 0.80  # share of training after which sparsity is full
-    prune_frequency: int = 5000  # timesteps between two mask updates
-    prune_scope: Literal["layer", "global"] = "layer"  # rank weights per layer or over the network
+    prune_frequency: int = 5000  # timesteps between mask updates
+    prune_scope: Literal["layer", "global"] = "layer"  # rank weights per layer, or all
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
-    set_frequency: int = 2000  # timesteps between two SET updates
-    set_epsilon: float | None = None  # give density epsilon * (in + out) / (in * out), not sparsity
-    set_regrow: Literal["random", "gradient"] = "random"  # at random, or by gradient (Evci 2020)
-    set_grow: Literal["zero", "init"] = "zero"  # grown weights start at zero, or drawn as at first
+    set_frequency: int = 2000  # timesteps between SET updates
+    set_epsilon: float | None = None  # density epsilon * (in + out) / (in * out) instead
+    set_regrow: Literal["random", "gradient"] = "random"  # gradient: Evci et al. 2020
+    set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
 
     # Evaluation and plasticity metrics
-    eval_frequency: int = 200_000  # timesteps between two evaluations (0: one at the end)
+    eval_frequency: int = 200_000  # timesteps between evaluations (0: at the end)
     eval_episodes: int = 50  # episodes per task in an evaluation
-    plasticity_frequency: int = 200_000  # timesteps between two measurements (0: one at the end)
+    plasticity_frequency: int = 200_000  # timesteps between measurements (0: at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
-    dormant_tau: float = 0.001  # mean |output| over its layer's, up to which a neuron is dormant
-    srank_delta: float = 0.01  # singular values' share left out of the effective rank
+    dormant_tau: float = 0.001  # dormant up to this share of its layer's mean |output|
+    srank_delta: float = 0.01  # share of the singular values left out
 
     # Run
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute (auto: cuda if there is one)
-    run_dir: str | None = None  # folder of log and checkpoint; if none, a new one in runs/
-    checkpoint_frequency: int = 20_000  # timesteps between two checkpoints
-    resume: str | None = None  # run folder to go on with; its flags are the defaults
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
+    run_dir: str | None = None  # the run's folder (none: a new one in runs/)
+    checkpoint_frequency: int = 20_000  # timesteps between checkpoints
+    resume: str | None = None  # a run's folder; its flags are the defaults
     num_threads: int = torch.get_num_threads()  # torch threads
 
     def __post_init__(self):
@@ -109,7 +109,8 @@ class Args:
         check("prune_frequency set_frequency", lambda x: x >= 1, "at least 1")
         check("gamma tau prune_end set_zeta", lambda x: x <= 1, "at most 1")
         check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
-        right = len({*self.env_names} & {*ALL_V3_ENVIRONMENTS}) == len(self.env_names)
+        known = {*self.env_names} & {*ALL_V3_ENVIRONMENTS}
+        right = len(known) == len(self.env_names)
         check("env_names", lambda _: right, "different tasks of Meta-World, like reach-v3")
         num_tasks = len(task_ids(self))
         least, text = num_tasks * EPISODE_STEPS, "at least an episode of every task"
@@ -127,13 +128,14 @@ class StackedLinear(nn.Module):
     """Linear layers side by side: (stack, batch, in) -> (stack, batch, out). He-uniform weights and
     zero biases; with a bound, both uniform in [-bound, bound]."""
 
-    def __init__(self, stack: int, in_features: int, out_features: int, bound: float | None = None):
+    def __init__(self, stack: int, in_features: int, out_features: int, bound=None):
         super().__init__()
         self.bound = bound or math.sqrt(6 / in_features)  # of the initial weights
-        weight = torch.empty(stack, out_features, in_features).uniform_(-self.bound, self.bound)
-        self.weight = nn.Parameter(weight)
-        bias = torch.zeros(stack, 1, out_features)
-        self.bias = nn.Parameter(bias.uniform_(-bound, bound) if bound else bias)
+        self.weight = nn.Parameter(torch.empty(stack, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(stack, 1, out_features))
+        nn.init.uniform_(self.weight, -self.bound, self.bound)
+        if bound is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight.mT)
@@ -144,19 +146,21 @@ class MultiHeadMLP(nn.Module):
     shared trunk of three layers and one head per task, drawn from [-head_bound, head_bound]; the
     one-hot task is part of its input."""
 
-    def __init__(self, copies: int, num_tasks: int, in_size: int, out_size: int, head_bound, args):
+    def __init__(self, copies, num_tasks, in_size, out_size, head_bound: float, args: Args):
         super().__init__()
         self.hidden1 = StackedLinear(copies, in_size + num_tasks, 400)
         self.hidden2 = StackedLinear(copies, 400, 400)
         self.hidden3 = StackedLinear(copies, 400, 400)
         self.head = StackedLinear(copies * num_tasks, 400, out_size, head_bound)
-        self.register_buffer("one_hot", torch.eye(num_tasks)[:, None], persistent=False)
+        one_hot = torch.eye(num_tasks)[:, None]  # (task, 1, task)
+        self.register_buffer("one_hot", one_hot, persistent=False)
         self.layer_norm = args.layer_norm
         # Each layer, in order, and how many layers of one shape it batches
-        self.layers = dict(hidden1=copies, hidden2=copies, hidden3=copies, head=copies * num_tasks)
-        self.masks = {}  # layer -> zeros and ones in its weight's shape; empty: dense
+        self.layers = dict(hidden1=copies, hidden2=copies, hidden3=copies)
+        self.layers["head"] = copies * num_tasks
+        self.masks = {}  # layer -> zeros and ones like its weight; empty: dense
 
-    def activations(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def activations(self, x: Tensor):
         """x (task, batch, in) -> what each hidden layer puts out, (copy, task * batch, 400); the
         output (copy, task, batch, out)."""
         num_tasks, batch = x.shape[:2]
@@ -166,7 +170,9 @@ class MultiHeadMLP(nn.Module):
         hidden = []
         for layer in (self.hidden1, self.hidden2, self.hidden3):
             x = layer(x)
-            x = F.relu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = F.relu(x)
             hidden.append(x)
         output = self.head(x.view(copies * num_tasks, batch, -1))
         return hidden, output.view(copies, num_tasks, batch, -1)
@@ -174,10 +180,10 @@ class MultiHeadMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.activations(x)[-1]
 
-    def get_extra_state(self) -> dict[str, Tensor]:  # makes the masks part of state_dict
+    def get_extra_state(self) -> dict:  # makes the masks part of state_dict
         return self.masks
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+    def set_extra_state(self, state: dict):
         device = next(self.parameters()).device
         self.masks = {layer: mask.to(device) for layer, mask in state.items()}
 
@@ -221,14 +227,13 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 
 
 @torch.no_grad()
-def prune(network: nn.Module, sparsity: float, scope: str) -> None:
+def prune(network: nn.Module, sparsity: float, scope: str):
     """Update the network's masks to the asked sparsity by magnitude, and apply them.
 
     scope "layer" ranks the weights of each layer apart, "global" those of the whole network. What
     was pruned stays so. Needs network.layers, {name: how many layers of one shape its weight
     stacks, 1 for a plain one}, and network.masks, {} at first, {name: zeros and ones in its
-    weight's shape} then. apply_masks must follow every optimiser step.
-    """
+    weight's shape} then. apply_masks must follow every optimiser step."""
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     scores = {name: weight.abs() for name, weight in weights.items()}
     for name, mask in network.masks.items():
@@ -239,10 +244,11 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
         ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
     else:
         raise ValueError(f"scope: layer or global, not {scope}")
+    least = 1 if scope == "layer" else sum(network.layers.values())
     masks = []
     for rows in ranked:
         keep = rows.shape[1] - round(sparsity * rows.shape[1])
-        if keep < (1 if scope == "layer" else sum(network.layers.values())):
+        if keep < least:
             raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
         masks.append((keep_largest(rows, keep) * (rows >= 0)).flatten())
     masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
@@ -252,24 +258,23 @@ def prune(network: nn.Module, sparsity: float, scope: str) -> None:
 
 
 @torch.no_grad()
-def apply_masks(network: nn.Module) -> None:
+def apply_masks(network: nn.Module):
     """Set the pruned weights to zero. To be called after every optimiser step, which moves them."""
     for name, mask in network.masks.items():
         network.get_submodule(name).weight.mul_(mask)
 
 
-def clear_state(optimizer, parameter: Tensor, where: Tensor) -> None:
+def clear_state(optimizer, parameter: Tensor, where: Tensor):
     """Zero the moments that the optimiser keeps of some of a parameter's entries. where: bool."""
-    for remembered in optimizer.state.get(parameter, {}).values():
-        if isinstance(remembered, Tensor) and remembered.shape == parameter.shape:
-            remembered.masked_fill_(where, 0.0)
+    for moment in optimizer.state.get(parameter, {}).values():
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            moment.masked_fill_(where, 0.0)
 
 
-def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]:
-    """Erdős–Rényi(-Kernel) densities, the shares of active weights, of layers with weights of these
-    shapes, (out, in) or (out, in, kh, kw): in proportion to the sum of a shape over its product, by
-    one scale that makes 1 - sparsity of all weights active; what would pass 1 is dense. Source:
-    Mocanu et al. 2018, equation 3; Evci et al. 2020, section 3 (kernels)."""
+def erk_densities(shapes: list[tuple], sparsity: float) -> list[float]:
+    """Erdős–Rényi(-Kernel) densities of weights of these shapes, (out, in) or (out, in, kh, kw): in
+    proportion to the sum of a shape over its product, scaled so that 1 - sparsity of all weights
+    are active; dense where that passes 1 (Mocanu et al. 2018, equation 3; Evci et al. 2020)."""
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
     dense = set()
@@ -283,10 +288,9 @@ def erk_densities(shapes: list[tuple[int, ...]], sparsity: float) -> list[float]
         dense |= saturated
 
 
-def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) -> dict[str, float]:
-    """Density of each linear layer: solved for the sparsity (none at 0), or SET's own where epsilon
-    is given (Mocanu et al. 2018, equation 3). Needs network.layers, {name: how many
-    layers of one shape its weight stacks, 1 for a plain one}."""
+def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) -> dict:
+    """Density of each linear layer, {} at sparsity 0; with an epsilon SET's (Mocanu et al. 2018,
+    equation 3). Needs network.layers, {name: how many layers of one shape its weight stacks}."""
     weights = {name: network.get_submodule(name).weight for name in network.layers}
     linear = {name: tuple(w.shape[-2:]) for name, w in weights.items() if w.dim() < 4}
     if sparsity == 0:
@@ -298,7 +302,7 @@ def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) ->
     return {name: densities[shape] for name, shape in linear.items()}
 
 
-def draw_masks(network: nn.Module, densities: dict[str, float]) -> None:
+def draw_masks(network: nn.Module, densities: dict):
     """Give each of these layers a mask with exactly round(density * n) active weights at random
     places, and apply it; apply_masks must follow every optimiser step. Needs network.layers and
     network.masks, {} at first; sets network.densities and each layer's grown, for evolve."""
@@ -322,8 +326,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
     regrow: places at "random", or where the last minibatch's "gradient" is largest (RigL, Evci et
     al. 2020). grow: weights start at "zero", or uniform in [-bound, bound] ("init": layer.bound, by
     default nn.Linear's). Their moments are cleared; Adam's step count is not. Returns the share of
-    what the last update grew that this one keeps (NaN at first). Needs draw_masks before.
-    """
+    what the last update grew that this one keeps (NaN at first). Needs draw_masks before."""
     grown_before, kept_of_it = [], []
     for name, density in network.densities.items():
         layer = network.get_submodule(name)
@@ -337,7 +340,8 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
             raise ValueError(f"{name}: has no gradient to grow by, evolve must follow an update")
         else:
             scores = layer.weight.grad.abs().reshape(magnitudes.shape)
-        magnitudes, scores = magnitudes.masked_fill(~active, -1.0), scores.masked_fill(active, -1.0)
+        magnitudes = magnitudes.masked_fill(~active, -1.0)
+        scores = scores.masked_fill(active, -1.0)
         kept = keep_largest(magnitudes, count - moved).view_as(layer.weight)
         grown = keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
@@ -355,10 +359,12 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
 
 def sparse_networks(args: Args) -> tuple[str, ...]:
     """The networks that --prune names."""
-    return {"both": ("actor", "critic"), "none": ()}.get(args.prune, (args.prune,))
+    if args.prune == "both":
+        return ("actor", "critic")
+    return () if args.prune == "none" else (args.prune,)
 
 
-def sparsify(networks: dict, optimizers: dict, args: Args, progress=0.0) -> dict[str, float]:
+def sparsify(networks: dict, optimizers: dict, args: Args, progress=0.0) -> dict:
     """SET's update, or GMP's at a share of training, of the networks that are to be sparse, and of
     the target critics, which have the critics' masks. Returns what to log."""
     scalars = {}
@@ -367,7 +373,8 @@ def sparsify(networks: dict, optimizers: dict, args: Args, progress=0.0) -> dict
     for name in sparse_networks(args):
         if args.sparsifier == "set":
             kept = evolve(networks[name], optimizers[name], *rule)
-            scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
+            if kept.isfinite():
+                scalars[f"sparsity/{name}_grown_kept"] = kept.item()
         elif sparsity > 0:
             prune(networks[name], sparsity, args.prune_scope)
     networks["target"].masks = networks["critic"].masks
@@ -396,9 +403,13 @@ class ReplayBuffer:
     def __init__(self, capacity: int, num_tasks: int, device):
         """capacity: transitions of all tasks together; num_tasks shares of equal size."""
         self.capacity = capacity // num_tasks
-        shapes = (OBS_SIZE,), (ACTION_SIZE,), (), (OBS_SIZE,), ()
+        zeros = partial(torch.zeros, num_tasks, self.capacity, device=device)
         self.fields = Transitions(
-            *(torch.zeros(num_tasks, self.capacity, *shape, device=device) for shape in shapes)
+            obs=zeros(OBS_SIZE),
+            actions=zeros(ACTION_SIZE),
+            rewards=zeros(),
+            next_obs=zeros(OBS_SIZE),
+            bootstrap=zeros(),
         )
         self.added = 0  # transitions per task so far
 
@@ -407,12 +418,12 @@ class ReplayBuffer:
         filled = [field[:, : self.added].clone() for field in self.fields]
         return {"added": self.added, "fields": filled}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict):
         self.added = state["added"]
         for field, saved in zip(self.fields, state["fields"], strict=True):
             field[:, : saved.shape[1]] = saved
 
-    def add(self, *transition) -> None:
+    def add(self, *transition):
         """Store one transition of every task, in the order of Transitions: arrays (task, ...)."""
         for field, value in zip(self.fields, transition, strict=True):
             value = torch.as_tensor(value, dtype=torch.float32, device=field.device)
@@ -421,8 +432,10 @@ class ReplayBuffer:
 
     def sample(self, size: int) -> Transitions:
         """Draw size transitions per task, with replacement."""
-        num_tasks, device = len(self.fields.obs), self.fields.obs.device
-        slot = torch.randint(min(self.added, self.capacity), (num_tasks, size), device=device)
+        num_tasks = len(self.fields.obs)
+        device = self.fields.obs.device
+        filled = min(self.added, self.capacity)
+        slot = torch.randint(filled, (num_tasks, size), device=device)
         task = torch.arange(num_tasks, device=device)[:, None]
         return Transitions(*(field[task, slot] for field in self.fields))
 
@@ -432,9 +445,11 @@ def choose_actions(actor: nn.Module, obs: np.ndarray, learning: bool) -> np.ndar
     """Draw actions (task, 4) for obs (task, 39), uniform ones before the policy learns."""
     obs = torch.as_tensor(obs, dtype=torch.float32, device=actor.one_hot.device)
     if learning:
-        actions = draw_actions(*policy(actor, obs[:, None]))[0][:, 0]
+        actions, _ = draw_actions(*policy(actor, obs[:, None]))  # (task, 1, 4)
+        actions = actions.squeeze(1)
     else:
-        actions = torch.empty(len(obs), ACTION_SIZE, device=obs.device).uniform_(-1, 1)
+        actions = torch.empty(len(obs), ACTION_SIZE, device=obs.device)
+        actions.uniform_(-1, 1)
     return actions.cpu().numpy()  # all that leaves the device
 
 
@@ -448,36 +463,42 @@ def critic_targets(actor, target, log_alpha: Tensor, batch: Transitions, gamma, 
     return targets.clamp(-max_q, max_q) if max_q else targets
 
 
-def descend_clipped(loss: Tensor, network: nn.Module, optimizer, max_grad_norm: float) -> None:
+def descend_clipped(loss: Tensor, network: nn.Module, optimizer, max_grad_norm: float):
     """One step of the network, and of nothing else, down the clipped gradient of the loss."""
     parameters = dict(network.named_parameters())
     optimizer.zero_grad()
     loss.backward(inputs=list(parameters.values()))
     # Pruned weights have a gradient (SET may grow by it), but take no part in its norm
     masks = {f"{layer}.weight": mask for layer, mask in network.masks.items()}
-    active = [p.grad * masks[name] if name in masks else p.grad for name, p in parameters.items()]
-    clip_grads_with_norm_(parameters.values(), max_grad_norm, get_total_norm(active))
+    active = []
+    for name, p in parameters.items():
+        active.append(p.grad * masks[name] if name in masks else p.grad)
+    norm = get_total_norm(active)
+    clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
     optimizer.step()
     apply_masks(network)
 
 
 def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Args) -> dict:
-    """One SAC update of critics, actor, temperatures and target critics, in this order.
-
-    Returns the losses of the three.
-    """
-    actor, critic, target = (networks[name] for name in ("actor", "critic", "target"))
+    """One SAC update of critics, actor, temperatures and target critics, in this order. Returns the
+    losses of the first three."""
+    actor = networks["actor"]
+    critic = networks["critic"]
+    target = networks["target"]
     alpha = log_alpha.detach().exp()[:, None]  # (task, 1)
 
     targets = critic_targets(actor, target, log_alpha, batch, args.gamma, args.max_q)
-    qf_loss = (q_values(critic, batch.obs, batch.actions) - targets).square().mean()
+    q = q_values(critic, batch.obs, batch.actions)  # (2, task, batch)
+    qf_loss = (q - targets).square().mean()
     descend_clipped(qf_loss, critic, optimizers["critic"], args.max_grad_norm)
 
     actions, log_probs = draw_actions(*policy(actor, batch.obs))
-    actor_loss = (alpha * log_probs - q_values(critic, batch.obs, actions).amin(0)).mean()
+    q = q_values(critic, batch.obs, actions).amin(0)  # (task, batch)
+    actor_loss = (alpha * log_probs - q).mean()
     descend_clipped(actor_loss, actor, optimizers["actor"], args.max_grad_norm)
 
-    alpha_loss = -(log_alpha[:, None] * (log_probs.detach() + TARGET_ENTROPY)).mean()
+    missing_entropy = log_probs.detach() + TARGET_ENTROPY
+    alpha_loss = -(log_alpha[:, None] * missing_entropy).mean()
     optimizers["alpha"].zero_grad()
     alpha_loss.backward()
     optimizers["alpha"].step()
@@ -485,8 +506,11 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
     with torch.no_grad():
         for old, new in zip(target.parameters(), critic.parameters(), strict=True):
             old.lerp_(new, args.tau)
-    losses = {"qf_loss": qf_loss, "actor_loss": actor_loss, "alpha_loss": alpha_loss}
-    return {name: loss.detach() for name, loss in losses.items()}
+    return {
+        "qf_loss": qf_loss.detach(),
+        "actor_loss": actor_loss.detach(),
+        "alpha_loss": alpha_loss.detach(),
+    }
 
 
 def train(args: Args) -> Path:
@@ -494,7 +518,9 @@ def train(args: Args) -> Path:
     torch.set_num_threads(args.num_threads)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = [name.removesuffix("-v3") for name in task_ids(args)]
-    num_tasks, envs, eval_envs = len(tasks), make_vector_env(args), make_vector_env(args)
+    num_tasks = len(tasks)
+    envs = make_vector_env(args)
+    eval_envs = make_vector_env(args)
 
     seed_all(args.seed, NETWORKS, 0)
     networks = make_networks(args, device)
@@ -503,9 +529,10 @@ def train(args: Args) -> Path:
     temperatures = nn.ParameterDict({"log_alpha": torch.zeros(num_tasks)}).to(device)
     log_alpha = temperatures["log_alpha"]
     adam = partial(Adam, eps=args.adam_eps, fused=True)
+    decay = args.weight_decay
     optimizers = {
-        "actor": adam(actor.parameters(), args.actor_lr, weight_decay=args.weight_decay),
-        "critic": adam(critic.parameters(), args.critic_lr, weight_decay=args.weight_decay),
+        "actor": adam(actor.parameters(), args.actor_lr, weight_decay=decay),
+        "critic": adam(critic.parameters(), args.critic_lr, weight_decay=decay),
         "alpha": adam([log_alpha], args.alpha_lr),
     }
     buffer = ReplayBuffer(args.buffer_size, num_tasks, device)
@@ -515,14 +542,16 @@ def train(args: Args) -> Path:
     parts |= {"temperatures": temperatures, "buffer": buffer}
     run = Run(args, label, device, num_tasks * EPISODE_STEPS, parts)
 
-    num_updates = (run.last_timestep - args.learning_starts) // num_tasks * args.updates_per_step
+    learning_steps = (run.last_timestep - args.learning_starts) // num_tasks
+    num_updates = learning_steps * args.updates_per_step
     text = f"{num_updates:,} updates in all; the bar says how long, once they have begun"
     print(text, flush=True)
 
     while run.timestep < run.last_timestep:
         # One episode of every task, with an update after each step
         goals = seed_all(args.seed, TRAINING, run.timestep, num_tasks)
-        returns, successes = np.zeros(num_tasks), np.zeros(num_tasks, bool)
+        returns = np.zeros(num_tasks)
+        successes = np.zeros(num_tasks, bool)
         losses = []
         obs, _ = envs.reset(options={"goals": goals})
         for _ in range(EPISODE_STEPS):
@@ -539,8 +568,8 @@ def train(args: Args) -> Path:
                 batch = buffer.sample(args.batch_size)
                 losses.append(update(networks, log_alpha, optimizers, batch, args))
             progress = run.timestep / run.last_timestep
-            prunes = run.timestep % args.prune_frequency < num_tasks or progress == 1
-            if args.sparsifier == "gmp" and prunes:
+            is_due = run.timestep % args.prune_frequency < num_tasks
+            if args.sparsifier == "gmp" and (is_due or progress == 1):
                 sparsify(networks, optimizers, args, progress)
         if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
             raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
@@ -548,9 +577,12 @@ def train(args: Args) -> Path:
         # Measure and evaluate
         scalars = {}
         for name in losses[0] if losses else ():
-            scalars[f"losses/{name}"] = torch.stack([each[name] for each in losses]).mean().item()
-        scalars |= tags("charts", by_task(tasks, episodic_return=returns, success=successes))
-        scalars |= tags("losses", by_task(tasks, alpha=log_alpha.exp())) if losses else {}
+            own = torch.stack([each[name] for each in losses])
+            scalars[f"losses/{name}"] = own.mean().item()
+        if losses:
+            scalars |= by_task("losses/alpha", tasks, log_alpha.exp())
+        scalars |= by_task("charts/episodic_return", tasks, returns)
+        scalars |= by_task("charts/success", tasks, successes)
         scalars |= plasticity.measure_sparsity({"actor": actor, "critic": critic})
         if run.is_due(args.plasticity_frequency):
             seed_all(args.seed, METRICS, run.timestep)
@@ -559,10 +591,13 @@ def train(args: Args) -> Path:
             [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
             eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
             played = evaluate_mode(actor, eval_envs, eval_goals, device)
-            rates, means = played.successes.mean(1), played.rewards.sum(2).mean(1)
-            run.evaluation = by_task(tasks, success_rate=rates, episodic_return=means)
-            scalars |= tags("eval", run.evaluation) | {"eval/success_rate": rates.mean().item()}
-            scalars["plasticity/critic_error"] = critic_error(networks, log_alpha, played, args)
+            rates = played.successes.mean(1)  # (task,)
+            returns = played.rewards.sum(2).mean(1)
+            scalars |= by_task("eval/success_rate", tasks, rates)
+            scalars |= by_task("eval/episodic_return", tasks, returns)
+            scalars["eval/success_rate"] = rates.mean().item()
+            error = critic_error(networks, log_alpha, played, args)
+            scalars["plasticity/critic_error"] = error
 
         # SET's update: after the evaluation of what was trained, before the next acting
         evolves = run.is_due(args.set_frequency) and run.timestep < run.last_timestep
@@ -573,7 +608,8 @@ def train(args: Args) -> Path:
         run.end_iteration(scalars)
     envs.close()
     eval_envs.close()
-    return run.finish()
+    print(f"finished: {run.folder}")
+    return run.folder
 
 
 # ======== Support: tasks, seeds, evaluation, metrics, arguments, checkpoints, logs ========
@@ -585,7 +621,8 @@ CRITIC_ERROR_STRIDE = 10  # steps between two states that the critics are compar
 
 def task_ids(args: Args) -> list[str]:
     """Meta-World names of the run's tasks."""
-    return list(args.env_names or {"MT10": MT10_V3, "MT50": MT50_V3}[args.benchmark])
+    benchmarks = {"MT10": MT10_V3, "MT50": MT50_V3}
+    return list(args.env_names or benchmarks[args.benchmark])
 
 
 class GoalEnv(gym.Wrapper):
@@ -599,8 +636,15 @@ class GoalEnv(gym.Wrapper):
         self.unwrapped.set_task(goals[0])  # makes the goal part of the observation
 
     def reset(self, *, seed=None, options: dict):
-        self.unwrapped.set_task(self.goals[options["goals"][self.task] % len(self.goals)])
+        number = options["goals"][self.task] % len(self.goals)
+        self.unwrapped.set_task(self.goals[number])
         return self.env.reset()
+
+
+@cache
+def draw_tasks(name: str, seed: int) -> list:
+    """A task's 50 goals with their initial states, as Meta-World draws them, in a second."""
+    return metaworld.MT1(name, seed).train_tasks
 
 
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
@@ -609,20 +653,18 @@ def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     goal_seeds = seed_all(args.seed, GOALS, 0, len(names))
     makers = []
     for i, (name, goal_seed) in enumerate(zip(names, goal_seeds, strict=True)):
-        makers.append(partial(GoalEnv, name, metaworld.MT1(name, goal_seed).train_tasks, i))
+        makers.append(partial(GoalEnv, name, draw_tasks(name, goal_seed), i))
     is_async = args.vectorization == "async"
     make = gym.vector.AsyncVectorEnv if is_async else gym.vector.SyncVectorEnv
     return make(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
-def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
+def make_networks(args: Args, device="cpu") -> dict:
     """Actor and twin critics of the run's tasks, drawn anew, with their first masks."""
     num_tasks = len(task_ids(args))
-    networks = {
-        "actor": MultiHeadMLP(1, num_tasks, OBS_SIZE, 2 * ACTION_SIZE, 1e-3, args),
-        "critic": MultiHeadMLP(2, num_tasks, OBS_SIZE + ACTION_SIZE, 1, 3e-3, args),
-    }
-    networks = {name: network.to(device) for name, network in networks.items()}
+    actor = MultiHeadMLP(1, num_tasks, OBS_SIZE, 2 * ACTION_SIZE, 1e-3, args)
+    critic = MultiHeadMLP(2, num_tasks, OBS_SIZE + ACTION_SIZE, 1, 3e-3, args)
+    networks = {"actor": actor.to(device), "critic": critic.to(device)}
     for name in sparse_networks(args) if args.sparsifier == "set" else ():
         densities = set_densities(networks[name], args.sparsity, args.set_epsilon)
         draw_masks(networks[name], densities)
@@ -632,7 +674,8 @@ def make_networks(args: Args, device="cpu") -> dict[str, nn.Module]:
 def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[int]:
     """Seed torch and NumPy for a purpose at a timestep; returns seeds for environments. So neither
     evaluation nor metrics disturb training, and a resumed run needs no generator's state."""
-    seeds = np.random.SeedSequence((seed, purpose, timestep)).generate_state(1 + num_envs).tolist()
+    sequence = np.random.SeedSequence((seed, purpose, timestep))
+    seeds = sequence.generate_state(1 + num_envs).tolist()
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])
     return seeds[1:]
@@ -662,29 +705,30 @@ def evaluate_mode(actor: nn.Module, envs, goals: np.ndarray, device: str) -> Eva
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     episodes = []
     for own_goals in goals.T:
-        steps, obs = [], to_tensor(envs.reset(options={"goals": own_goals})[0])  # (task, 39)
+        steps = []
+        obs, _ = envs.reset(options={"goals": own_goals})
+        obs = to_tensor(obs)  # (task, 39)
         for _ in range(EPISODE_STEPS):
-            mean, log_std = (x[:, 0] for x in policy(actor, obs[:, None]))
-            actions, log_probs = mean.tanh(), draw_actions(mean, log_std)[1]
+            mean, log_std = (x.squeeze(1) for x in policy(actor, obs[:, None]))
+            actions = mean.tanh()
+            _, log_probs = draw_actions(mean, log_std)
             next_obs, rewards, _, _, info = envs.step(actions.cpu().numpy())
+            rewards = to_tensor(rewards)
             success = to_tensor(info["success"] > 0)
-            steps.append((obs, actions, log_probs, to_tensor(rewards), success))
+            steps.append((obs, actions, log_probs, rewards, success))
             obs = to_tensor(next_obs)
-        fields = [torch.stack(field, 1) for field in zip(*steps, strict=True)]  # (task, step, ...)
+        # (task, step, ...)
+        fields = [torch.stack(field, 1) for field in zip(*steps, strict=True)]
         fields[0] = torch.cat([fields[0], obs[:, None]], 1)
         episodes.append(fields)
-    *fields, successes = (torch.stack(field, 1) for field in zip(*episodes, strict=True))
-    return Evaluation(*fields, successes.amax(2))
+    fields = [torch.stack(field, 1) for field in zip(*episodes, strict=True)]
+    fields[-1] = fields[-1].amax(2)  # whether any step was a success
+    return Evaluation(*fields)
 
 
-def by_task(tasks: list[str], **values) -> dict[str, dict[str, float]]:
-    """{what: {task: value}} from arrays or tensors (task,)."""
-    return {what: dict(zip(tasks, x.tolist(), strict=True)) for what, x in values.items()}
-
-
-def tags(group: str, summary: dict[str, dict[str, float]]) -> dict[str, float]:
-    """A summary under its log tags."""
-    return {f"{group}/{what}/{t}": x for what, xs in summary.items() for t, x in xs.items()}
+def by_task(tag: str, tasks: list[str], values) -> dict:
+    """What to log of an array or a tensor (task,)."""
+    return {f"{tag}/{task}": x for task, x in zip(tasks, values.tolist(), strict=True)}
 
 
 def soft_returns(rewards: Tensor, bonuses: Tensor, tail: Tensor, gamma: float) -> Tensor:
@@ -704,17 +748,21 @@ def critic_error(networks: dict, log_alpha: Tensor, played: Evaluation, args: Ar
     CRITIC_ERROR_STRIDE-th state and action of the evaluation. The soft return adds, for each later
     state, the temperature times minus the log-prob of an action drawn there, and with
     --bootstrap-at-truncation the critics' soft value of the last observation."""
-    actor, critic, alpha = networks["actor"], networks["critic"], log_alpha.exp()[:, None]
+    actor = networks["actor"]
+    critic = networks["critic"]
+    alpha = log_alpha.exp()[:, None]  # (task, 1)
     last_obs = played.obs[:, :, -1]  # (task, episode, 39)
     actions, log_probs = draw_actions(*policy(actor, last_obs))
     tail = q_values(critic, last_obs, actions).amin(0) - alpha * log_probs
-    bonuses = -alpha[:, None] * played.log_probs
     tail = tail * args.bootstrap_at_truncation
+    bonuses = -alpha[:, None] * played.log_probs
     returns = soft_returns(played.rewards, bonuses, tail, args.gamma)
-    fields = played.obs[:, :, :-1], played.actions, returns[..., None]
-    obs, actions, returns = (x[:, :, ::CRITIC_ERROR_STRIDE].flatten(1, 2) for x in fields)
+    chosen = slice(0, EPISODE_STEPS, CRITIC_ERROR_STRIDE)
+    obs = played.obs[:, :, chosen].flatten(1, 2)  # (task, episode * step, 39)
+    actions = played.actions[:, :, chosen].flatten(1, 2)
+    returns = returns[:, :, chosen].flatten(1, 2)
     values = q_values(critic, obs, actions).amin(0)  # (task, episode * step)
-    return (values - returns[..., 0]).square().mean().item()
+    return (values - returns).square().mean().item()
 
 
 def squashed_fisher_trace(actor: nn.Module, obs: Tensor) -> float:
@@ -730,29 +778,32 @@ def squashed_fisher_trace(actor: nn.Module, obs: Tensor) -> float:
     def entries():
         mean, log_std = policy(actor, obs)
         mean_entries = mean - mean.detach() - 2 * log_std.detach()
-        return torch.cat([mean_entries, log_std - log_std.detach() + math.log(2)], dim=-1)
+        log_std_entries = log_std - log_std.detach() + math.log(2)
+        return torch.cat([mean_entries, log_std_entries], dim=-1)
 
     return plasticity.fisher_trace(actor, entries, actor.masks)
 
 
-def measure_networks(networks: dict, batch: Transitions, args: Args) -> dict[str, float]:
+def measure_networks(networks: dict, batch: Transitions, args: Args) -> dict:
     """Dormant ratio (over all hidden layers, the twins pooled) and effective rank (of the last one,
     the twins' mean) of actor and critics, Fisher trace of the actor."""
     metrics = {}
-    inputs = {"actor": batch.obs, "critic": torch.cat([batch.obs, batch.actions], dim=-1)}
+    pairs = torch.cat([batch.obs, batch.actions], dim=-1)
+    inputs = {"actor": batch.obs, "critic": pairs}
     for name, x in inputs.items():
         with torch.no_grad():
             hidden, _ = networks[name].activations(x)
         alive = plasticity.alive_neurons(networks[name])
         dormant = plasticity.dormant_ratio(hidden, args.dormant_tau, alive)
         metrics[f"plasticity/{name}_dormant_ratio"] = dormant
-        ranks = [plasticity.effective_rank(each, args.srank_delta) for each in hidden[-1]]
+        twins = hidden[-1]  # (copy, task * batch, 400)
+        ranks = [plasticity.effective_rank(x, args.srank_delta) for x in twins]
         metrics[f"plasticity/{name}_effective_rank"] = sum(ranks) / len(ranks)
     fisher_trace = squashed_fisher_trace(networks["actor"], batch.obs)
     return metrics | {"plasticity/fisher_trace": fisher_trace}
 
 
-def require(args: Args, names: str, allowed, what: str) -> None:
+def require(args: Args, names: str, allowed, what: str):
     """Raise ValueError for the first of these arguments that is not allowed."""
     for name in names.split():
         value = getattr(args, name)
@@ -760,15 +811,16 @@ def require(args: Args, names: str, allowed, what: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {what}")
 
 
-def check_run(args: Args) -> None:
+def check_run(args: Args):
     """Raise ValueError for an argument that no script can have."""
-    numbers = " ".join(name for name, x in vars(args).items() if isinstance(x, int | float))
-    require(args, numbers, lambda x: 0 <= x < math.inf, "at least 0")
-    require(args, "eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
-    require(args, "sparsity srank_delta", lambda x: x < 1, "below 1")
-    require(args, "device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
-    own = args.run_dir and (args.resume or Path(args.run_dir, "checkpoint.pt").exists())
-    require(args, "run_dir", lambda _: not own, "a folder without a run, and not beside --resume")
+    check = partial(require, args)
+    numbers = [name for name, x in vars(args).items() if isinstance(x, int | float)]
+    check(" ".join(numbers), lambda x: 0 <= x < math.inf, "at least 0")
+    check("eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
+    check("sparsity srank_delta", lambda x: x < 1, "below 1")
+    check("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
+    taken = args.run_dir and (args.resume or Path(args.run_dir, "checkpoint.pt").exists())
+    check("run_dir", lambda _: not taken, "a folder without a run, not beside --resume")
 
 
 def load_checkpoint(run_dir: str) -> dict:
@@ -780,7 +832,7 @@ def load_checkpoint(run_dir: str) -> dict:
     return state
 
 
-def load_agent(run_dir: str) -> tuple[nn.Module, Args, list[str]]:
+def load_agent(run_dir: str) -> tuple:
     """The actor of a run, on the CPU and without gradients, its arguments and its tasks."""
     checkpoint = load_checkpoint(run_dir)
     args = Args(**checkpoint["args"] | {"device": "cpu"})
@@ -795,18 +847,16 @@ class Run:
 
     def __init__(self, args: Args, label: str, device: str, stride: int, parts: dict):
         self.args, self.stride, self.parts = args, stride, parts
-        self.timestep, self.evaluation = 0, {}  # {what: {task: value}}, the latest
         name = f"{label}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
-        check_run(args)  # again, now that nobody else writes to the folder
-        if args.resume is not None:
-            state = load_checkpoint(self.folder)
-            self.timestep, self.evaluation = state["timestep"], state["evaluation"]
-            for name, part in parts.items():
-                groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
-                part.load_state_dict(state[name] | groups)  # the learning rate may be another one
+        check_run(args)  # again, behind the lock
+        state = load_checkpoint(args.resume) if args.resume else {"timestep": 0}
+        self.timestep = state["timestep"]
+        for name in parts.keys() & state.keys():
+            groups = {k: v for k, v in parts[name].state_dict().items() if k == "param_groups"}
+            parts[name].load_state_dict(state[name] | groups)  # but learning rates
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()
@@ -818,7 +868,7 @@ class Run:
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
-        print(f"if it is stopped: python {Path(__file__).name} --resume {self.folder}", flush=True)
+        print(f"to go on: python {Path(__file__).name} --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")
 
     def is_due(self, frequency: int) -> bool:
@@ -826,42 +876,34 @@ class Run:
         came = frequency > 0 and self.timestep % frequency < self.stride
         return came or self.timestep == self.last_timestep
 
-    def end_iteration(self, scalars: dict[str, float]) -> None:
+    def end_iteration(self, scalars: dict):
         """Log, show how the run goes, and save a checkpoint if it is time to."""
         timestep, now = self.start
         scalars["charts/SPS"] = (self.timestep - timestep) / (time.monotonic() - now)
+        is_last = self.timestep == self.last_timestep
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.timestep)
-        for tag in scalars.keys() & {"eval/normalized_return", "eval/success_rate"}:
-            self.bar.write(f"timestep {self.timestep}: {tag} {scalars[tag]:.3f}", sys.stderr)
+            if tag.startswith("eval/") and (is_last or tag.count("/") == 1):
+                self.bar.write(f"timestep {self.timestep}: {tag} {value:.3f}", sys.stderr)
         returns = [x for tag, x in scalars.items() if tag.startswith("charts/episodic_return/")]
         self.bar.set_postfix_str(f"training return {np.mean(returns or math.nan):.3f}", False)
         self.bar.update(self.stride)
         if self.is_due(self.args.checkpoint_frequency):
-            self.writer.flush()  # before the checkpoint, so that the log never lags behind it
+            self.writer.flush()  # first, so that the log never lags
             self.save()
+        if is_last:
+            self.bar.close()
+            self.writer.close()
 
-    def save(self) -> None:
+    def save(self):
         """Write the checkpoint atomically: a reader finds the old one or the new one, whole."""
-        state = dict(script=Path(__file__).stem, timestep=self.timestep, evaluation=self.evaluation)
-        anywhere = dict(resume=None, run_dir=None, device=self.args.device.replace("cuda", "auto"))
-        state["args"] = asdict(self.args) | anywhere
+        device = self.args.device.replace("cuda", "auto")  # it may go on elsewhere
+        args = asdict(self.args) | {"resume": None, "run_dir": None, "device": device}
+        state = {"script": Path(__file__).stem, "args": args, "timestep": self.timestep}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         partial_file = self.folder / "checkpoint.partial"
         torch.save(state, partial_file)
         partial_file.replace(self.folder / "checkpoint.pt")
-
-    def finish(self) -> Path:
-        """Print the last evaluation, a row per task and their mean. Returns the folder."""
-        self.bar.close()
-        self.writer.close()
-        columns = self.evaluation.values()
-        print(f"{'task':20}", *(f"{what.replace('_', ' '):>18}" for what in self.evaluation))
-        for task in next(iter(columns), ()):
-            print(f"{task:20}", *(f"{column[task]:18.3f}" for column in columns))
-        print(f"{'mean':20}", *(f"{np.mean([*column.values()]):18.3f}" for column in columns))
-        print(f"finished: {self.folder}")
-        return self.folder
 
 
 if __name__ == "__main__":

@@ -258,13 +258,13 @@ def measure_sparsity(networks: dict[str, nn.Module]) -> dict[str, float]:
 class ObservationBuffer:
     """The latest observations of each task, on one device; the oldest make room for new ones."""
 
-    def __init__(self, capacity, num_tasks, obs_shape, dtype, device):
-        """capacity: observations of all tasks together; num_tasks shares of equal size."""
+    def __init__(self, capacity: int, num_tasks: int, example, device):
+        """capacity: observations of all tasks together; num_tasks shares of equal size. example:
+        an observation, array or tensor, of their shape and type."""
         if capacity < num_tasks:
             raise ValueError(f"capacity: at least one observation per task, not {capacity}")
-        self.observations = torch.zeros(
-            (num_tasks, capacity // num_tasks, *obs_shape), dtype=dtype, device=device
-        )
+        example = torch.as_tensor(example, device=device)
+        self.observations = example.new_zeros(num_tasks, capacity // num_tasks, *example.shape)
         self.added = 0  # observations per task so far
 
     def add(self, obs: Tensor) -> None:

@@ -176,13 +176,13 @@ def check_flags(runs: list[Run]) -> None:
 
 
 def printed_score(folder: Path) -> str | None:
-    """The score in the table that a run prints as it ends, None if it is not complete."""
+    """The score of the last evaluation that a run printed, None if it is not complete."""
     try:
         text = (folder / "output.txt").read_text(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    found = re.search(r"^mean +(\S+)", text, re.M)
-    return found and found[1]
+    scores = re.findall(r": eval/(?:normalized_return|success_rate) (\S+)$", text, re.M)
+    return scores[-1] if re.search("^finished: ", text, re.M) else None
 
 
 def archived_runs(results: Path) -> set[str]:

@@ -617,13 +617,13 @@ def test_pcgrad_with_repeated_views_is_that_of_all_samples():
 @SCRIPTS
 def test_views_that_never_repeat_cost_no_more_than_a_tenth_more_time(script):
     """Default minibatches of a rollout of distinct views, against the same steps on all samples."""
-    rollout, obs = random_rollout(num_steps=1024)
+    rollout, obs = random_rollout(num_steps=512)
     network, args = network_of(script), script.Args(update_epochs=1)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    advantages = torch.randn(3, 1024)
+    advantages = torch.randn(3, 512)
 
     def plain():
-        for steps in torch.rand(3, 1024).argsort(1).split(256, dim=1):
+        for steps in torch.rand(3, 512).argsort(1).split(256, dim=1):
             batch = torch.arange(3)[:, None], steps
             samples = rollout.action[batch], rollout.log_prob[batch], advantages[batch]
             losses, _ = script.actor_losses(apply(network, obs[batch]), *samples, 0.2, 0.01)
@@ -702,7 +702,7 @@ def hygiene(script):
         actor, critic = network_of(script), network_of(script, num_outputs=1)
     rollout, _ = random_rollout()
     rollout = Rollout(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in rollout))
-    buffer = ObservationBuffer(90, 3, OBS_SHAPE, torch.uint8, "meta")
+    buffer = ObservationBuffer(90, 3, np.zeros(OBS_SHAPE, np.uint8), "meta")
     # SGD: torch's fused Adam does not know the meta device
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, momentum=0.9) for n in (actor, critic)]
     with OneDevice():
@@ -765,7 +765,7 @@ class ExplicitDevice(TorchFunctionMode):
 @SCRIPTS
 def test_metrics_and_rollouts_make_every_tensor_on_the_models_device(script):
     actor, critic = network_of(script), network_of(script, num_outputs=1)
-    buffer = ObservationBuffer(90, 3, OBS_SHAPE, torch.uint8, "cpu")
+    buffer = ObservationBuffer(90, 3, np.zeros(OBS_SHAPE, np.uint8), "cpu")
     optimizer = torch.optim.Adam(actor.parameters(), fused=True)
     args, networks = script.Args(minibatch_size=20), {"actor": actor, "critic": critic}
     envs = [RecordEpisodeStatistics(Repeating()) for _ in range(3)]
