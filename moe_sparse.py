@@ -85,7 +85,7 @@ class Args:
     eval_episodes: int = 25  # episodes per task in an evaluation
     plasticity_frequency: int = 10_000  # timesteps between measurements (0: at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
-    plasticity_buffer_size: int = 100_000  # the latest, to draw from
+    plasticity_buffer_size: int = 100_000  # latest observations kept
     dormant_tau: float = 0.001  # dormant up to this share of its layer's mean |output|
     srank_delta: float = 0.01  # share of the singular values left out
 
