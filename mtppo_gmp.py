@@ -70,15 +70,15 @@ class Args:
     prune_start: float = 0.05  # share of training after which pruning begins
     prune_end: float = 0.80  # share of training after which sparsity is full
     prune_frequency: int = 500  # timesteps between mask updates
-    prune_scope: Literal["layer", "global"] = "global"  # rank weights per layer, or all
+    prune_scope: Literal["layer", "global"] = "global"  # rank within a layer or network
 
     # Methods to compare with
     weight_decay: float = 0.0  # L2 coefficient of Adam
     layer_norm: bool = False  # LayerNorm before each nonlinearity
     redo_frequency: int = 0  # timesteps between uses of ReDo (0: off)
-    redo_tau: float = 0.001  # as dormant_tau, for ReDo
+    redo_tau: float = 0.001  # ReDo's own --dormant-tau
     reset_frequency: int = 0  # timesteps between output resets (0: off)
-    max_resets: int = 2  # resets in a run, at most
+    max_resets: int = 2  # resets, at most
     pcgrad: bool = False  # project conflicting task gradients
 
     # Evaluation and plasticity metrics
@@ -87,14 +87,14 @@ class Args:
     plasticity_frequency: int = 10_000  # timesteps between measurements (0: at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
     plasticity_buffer_size: int = 100_000  # latest observations kept
-    dormant_tau: float = 0.001  # dormant up to this share of its layer's mean |output|
-    srank_delta: float = 0.01  # share of the singular values left out
+    dormant_tau: float = 0.001  # neurons scoring at most this are dormant
+    srank_delta: float = 0.01  # share of singular value mass left out
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     run_dir: str | None = None  # the run's folder (none: a new one in runs/)
     checkpoint_frequency: int = 10_000  # timesteps between checkpoints
-    resume: str | None = None  # a run's folder; its flags are the defaults
+    resume: str | None = None  # run to go on with; its flags are defaults
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
@@ -154,7 +154,7 @@ class MultiHeadNetwork(nn.Module):
         conv3 = F.tanh(self.normalise(self.conv3(conv2)))
         features = conv3.permute(0, 2, 3, 1).flatten(1)  # (N, D), place by place
         longest = max(counts)
-        by_task = [F.pad(x, (0, 0, 0, longest - len(x))) for x in features.split(counts)]
+        by_task = [F.pad(f, (0, 0, 0, longest - len(f))) for f in features.split(counts)]
         hidden = self.head_hidden(torch.stack(by_task))  # (task, longest, 128)
         if self.layer_norm:
             hidden = F.layer_norm(hidden, hidden.shape[-1:])
@@ -231,7 +231,7 @@ def apply_masks(network: nn.Module):
 
 
 def update_masks(networks: dict, args: Args, last_timestep: int, timestep: int) -> bool:
-    """Prune the networks to a timestep's sparsity if it is one to update masks at; True if so."""
+    """Prune the networks if their masks are due at this timestep; returns whether they were."""
     progress = timestep / last_timestep
     sparsity = gmp_sparsity(progress, args.prune_start, args.prune_end, args.sparsity)
     is_due = timestep % args.prune_frequency == 0 or timestep == last_timestep
@@ -262,8 +262,8 @@ def draw_parameters(weight: Tensor, bias: Tensor):
 
 @torch.no_grad()
 def redo(network: nn.Module, optimizer, obs: Tensor, tau: float):
-    """Recycle dormant neurons: incoming weights and bias drawn anew, outgoing weights zero, the
-    optimiser's moments of all of them cleared (Sokar et al. 2023, algorithm 1).
+    """Recycle dormant neurons: incoming weights and bias drawn anew, outgoing weights zero (but to
+    a dormant neuron), all their moments in the optimiser cleared (Sokar et al. 2023, algorithm 1).
 
     obs (task, batch, h, w, c): what dormancy is measured on, a head's on its own task's."""
     layers = [network.get_submodule(name) for name in network.layers]
@@ -352,7 +352,7 @@ class PolicyTable:
         """The views (N, h, w, c) of sorted keys, so task by task, and how many are each task's."""
         tasks, views = zip(*keys, strict=True)
         counts = np.bincount(tasks, minlength=self.num_tasks).tolist()
-        views = np.frombuffer(bytearray().join(views), self.space.dtype)
+        views = np.frombuffer(bytearray().join(views), self.space.dtype)  # writable
         return to_device(views.reshape(-1, *self.space.shape), self.device), counts
 
     @torch.no_grad()
@@ -742,7 +742,7 @@ def check_tasks(args: Args):
 
 
 def check_run(args: Args):
-    """Raise ValueError for an argument that no script can have."""
+    """Raise ValueError for an argument that is wrong in any script."""
     check = partial(require, args)
     numbers = [name for name, x in vars(args).items() if isinstance(x, int | float)]
     check(" ".join(numbers), lambda x: 0 <= x < math.inf, "at least 0")

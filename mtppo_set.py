@@ -67,8 +67,8 @@ class Args:
     sparsity: float = 0.95  # share of pruned weights (0: dense)
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
     set_frequency: int = 2000  # timesteps between SET updates
-    set_epsilon: float | None = None  # density epsilon * (in + out) / (in * out) instead
-    set_regrow: Literal["random", "gradient"] = "random"  # gradient: Evci et al. 2020
+    set_epsilon: float | None = None  # density epsilon (1/in + 1/out), not --sparsity
+    set_regrow: Literal["random", "gradient"] = "random"  # gradient: by RigL's rule
     set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
 
     # Evaluation and plasticity metrics
@@ -77,14 +77,14 @@ class Args:
     plasticity_frequency: int = 10_000  # timesteps between measurements (0: at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
     plasticity_buffer_size: int = 100_000  # latest observations kept
-    dormant_tau: float = 0.001  # dormant up to this share of its layer's mean |output|
-    srank_delta: float = 0.01  # share of the singular values left out
+    dormant_tau: float = 0.001  # neurons scoring at most this are dormant
+    srank_delta: float = 0.01  # share of singular value mass left out
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     run_dir: str | None = None  # the run's folder (none: a new one in runs/)
     checkpoint_frequency: int = 10_000  # timesteps between checkpoints
-    resume: str | None = None  # a run's folder; its flags are the defaults
+    resume: str | None = None  # run to go on with; its flags are defaults
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
@@ -142,7 +142,7 @@ class MultiHeadNetwork(nn.Module):
         conv3 = F.tanh(self.normalise(self.conv3(conv2)))
         features = conv3.permute(0, 2, 3, 1).flatten(1)  # (N, D), place by place
         longest = max(counts)
-        by_task = [F.pad(x, (0, 0, 0, longest - len(x))) for x in features.split(counts)]
+        by_task = [F.pad(f, (0, 0, 0, longest - len(f))) for f in features.split(counts)]
         hidden = self.head_hidden(torch.stack(by_task))  # (task, longest, 128)
         if self.layer_norm:
             hidden = F.layer_norm(hidden, hidden.shape[-1:])
@@ -238,7 +238,7 @@ def draw_masks(network: nn.Module, densities: dict):
 @torch.no_grad()
 def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -> Tensor:
     """In each layer, drop the share zeta of the active weights that is smallest in magnitude, and
-    grow as many of the inactive places (all if they are fewer). Source: Mocanu et al. 2018.
+    grow as many of the places inactive before (all if fewer). Source: Mocanu et al. 2018.
 
     regrow: places at "random", or where the last minibatch's "gradient" is largest (RigL, Evci et
     al. 2020). grow: weights start at "zero", or uniform in [-bound, bound] ("init": layer.bound, by
@@ -259,7 +259,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
             scores = layer.weight.grad.abs().reshape(magnitudes.shape)
         magnitudes = magnitudes.masked_fill(~active, -1.0)
         scores = scores.masked_fill(active, -1.0)
-        kept = keep_largest(magnitudes, count - moved).view_as(layer.weight)
+        kept = (keep_largest(magnitudes, count - moved) * active).view_as(layer.weight)
         grown = keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
@@ -296,7 +296,7 @@ class PolicyTable:
         """The views (N, h, w, c) of sorted keys, so task by task, and how many are each task's."""
         tasks, views = zip(*keys, strict=True)
         counts = np.bincount(tasks, minlength=self.num_tasks).tolist()
-        views = np.frombuffer(bytearray().join(views), self.space.dtype)
+        views = np.frombuffer(bytearray().join(views), self.space.dtype)  # writable
         return to_device(views.reshape(-1, *self.space.shape), self.device), counts
 
     @torch.no_grad()
@@ -682,7 +682,7 @@ def check_tasks(args: Args):
 
 
 def check_run(args: Args):
-    """Raise ValueError for an argument that no script can have."""
+    """Raise ValueError for an argument that is wrong in any script."""
     check = partial(require, args)
     numbers = [name for name, x in vars(args).items() if isinstance(x, int | float)]
     check(" ".join(numbers), lambda x: 0 <= x < math.inf, "at least 0")

@@ -57,7 +57,7 @@ class Args:
     vectorization: Literal["async", "sync"] = "async"  # a process per environment, or none
 
     # SAC
-    batch_size: int = 128  # transitions of a batch, of each task
+    batch_size: int = 128  # transitions per task in a batch
     buffer_size: int = 1_000_000  # transitions kept, over all tasks
     learning_starts: int = 40_000  # timesteps of random actions at first
     updates_per_step: int = 1  # updates after each step of all environments
@@ -75,16 +75,16 @@ class Args:
 
     # Gradual magnitude pruning and sparse evolutionary training
     prune: Literal["actor", "critic", "both", "none"] = "actor"  # what is sparse (none: dense)
-    sparsifier: Literal["gmp", "set"] = "gmp"  # prune gradually, or sparse evolution
+    sparsifier: Literal["gmp", "set"] = "gmp"  # gmp: gradually, set: sparse evolution
     sparsity: float = 0.95  # share of pruned weights (0: dense)
     prune_start: float = 0.05  # share of training after which pruning begins
     prune_end: float = 0.80  # share of training after which sparsity is full
     prune_frequency: int = 5000  # timesteps between mask updates
-    prune_scope: Literal["layer", "global"] = "layer"  # rank weights per layer, or all
+    prune_scope: Literal["layer", "global"] = "layer"  # rank within a layer or network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
     set_frequency: int = 2000  # timesteps between SET updates
-    set_epsilon: float | None = None  # density epsilon * (in + out) / (in * out) instead
-    set_regrow: Literal["random", "gradient"] = "random"  # gradient: Evci et al. 2020
+    set_epsilon: float | None = None  # density epsilon (1/in + 1/out), not --sparsity
+    set_regrow: Literal["random", "gradient"] = "random"  # gradient: by RigL's rule
     set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
 
     # Evaluation and plasticity metrics
@@ -92,20 +92,21 @@ class Args:
     eval_episodes: int = 50  # episodes per task in an evaluation
     plasticity_frequency: int = 200_000  # timesteps between measurements (0: at the end)
     plasticity_batch_size: int = 1024  # observations of a measurement, over all tasks
-    dormant_tau: float = 0.001  # dormant up to this share of its layer's mean |output|
-    srank_delta: float = 0.01  # share of the singular values left out
+    dormant_tau: float = 0.001  # neurons scoring at most this are dormant
+    srank_delta: float = 0.01  # share of singular value mass left out
 
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     run_dir: str | None = None  # the run's folder (none: a new one in runs/)
     checkpoint_frequency: int = 20_000  # timesteps between checkpoints
-    resume: str | None = None  # a run's folder; its flags are the defaults
+    resume: str | None = None  # run to go on with; its flags are defaults
     num_threads: int = torch.get_num_threads()  # torch threads
 
     def __post_init__(self):
         check_run(self)
         check = partial(require, self)
         check("batch_size updates_per_step", lambda x: x >= 1, "at least 1")
+        check("max_grad_norm", lambda x: x > 0, "positive")
         check("prune_frequency set_frequency", lambda x: x >= 1, "at least 1")
         check("gamma tau prune_end set_zeta", lambda x: x <= 1, "at most 1")
         check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
@@ -143,8 +144,8 @@ class StackedLinear(nn.Module):
 
 class MultiHeadMLP(nn.Module):
     """Copies of a network side by side (an actor: 1, twin critics: 2), with their masks: each a
-    shared trunk of three layers and one head per task, drawn from [-head_bound, head_bound]; the
-    one-hot task is part of its input."""
+    shared trunk of three layers and one head per task, with weights and biases uniform within
+    head_bound at first; the one-hot task is part of its input."""
 
     def __init__(self, copies, num_tasks, in_size, out_size, head_bound: float, args: Args):
         super().__init__()
@@ -197,7 +198,7 @@ def policy(actor: nn.Module, obs: Tensor) -> tuple[Tensor, Tensor]:
 def draw_actions(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """Draw from the squashed Gaussian: actions (..., 4) and their log-probs (...).
 
-    Source: Haarnoja et al. 2018, appendix C; log(1 - tanh(u)^2) in a form that cannot overflow.
+    Source: arXiv 1812.05905, appendix C; log(1 - tanh(u)^2) in a form that cannot overflow.
     """
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
@@ -321,7 +322,7 @@ def draw_masks(network: nn.Module, densities: dict):
 @torch.no_grad()
 def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -> Tensor:
     """In each layer, drop the share zeta of the active weights that is smallest in magnitude, and
-    grow as many of the inactive places (all if they are fewer). Source: Mocanu et al. 2018.
+    grow as many of the places inactive before (all if fewer). Source: Mocanu et al. 2018.
 
     regrow: places at "random", or where the last minibatch's "gradient" is largest (RigL, Evci et
     al. 2020). grow: weights start at "zero", or uniform in [-bound, bound] ("init": layer.bound, by
@@ -342,7 +343,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
             scores = layer.weight.grad.abs().reshape(magnitudes.shape)
         magnitudes = magnitudes.masked_fill(~active, -1.0)
         scores = scores.masked_fill(active, -1.0)
-        kept = keep_largest(magnitudes, count - moved).view_as(layer.weight)
+        kept = (keep_largest(magnitudes, count - moved) * active).view_as(layer.weight)
         grown = keep_largest(scores, moved).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
@@ -421,7 +422,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict):
         self.added = state["added"]
         for field, saved in zip(self.fields, state["fields"], strict=True):
-            field[:, : saved.shape[1]] = saved
+            field[:, : self.added] = saved
 
     def add(self, *transition):
         """Store one transition of every task, in the order of Transitions: arrays (task, ...)."""
@@ -455,7 +456,7 @@ def choose_actions(actor: nn.Module, obs: np.ndarray, learning: bool) -> np.ndar
 
 @torch.no_grad()
 def critic_targets(actor, target, log_alpha: Tensor, batch: Transitions, gamma, max_q) -> Tensor:
-    """Soft Bellman targets (task, batch) of both critics (Haarnoja et al. 2018, equation 6)."""
+    """Soft Bellman targets (task, batch) of both critics (arXiv 1812.05905, equation 6)."""
     actions, log_probs = draw_actions(*policy(actor, batch.next_obs))
     q = q_values(target, batch.next_obs, actions).amin(0)
     soft_values = q - log_alpha.exp()[:, None] * log_probs
@@ -568,8 +569,8 @@ def train(args: Args) -> Path:
                 batch = buffer.sample(args.batch_size)
                 losses.append(update(networks, log_alpha, optimizers, batch, args))
             progress = run.timestep / run.last_timestep
-            is_due = run.timestep % args.prune_frequency < num_tasks
-            if args.sparsifier == "gmp" and (is_due or progress == 1):
+            prunes = run.timestep % args.prune_frequency < num_tasks or progress == 1
+            if args.sparsifier == "gmp" and prunes:
                 sparsify(networks, optimizers, args, progress)
         if not all(p.isfinite().all() for p in chain(actor.parameters(), critic.parameters())):
             raise FloatingPointError(f"{run.folder}: diverged at timestep {run.timestep}")
@@ -587,14 +588,14 @@ def train(args: Args) -> Path:
         if run.is_due(args.plasticity_frequency):
             seed_all(args.seed, METRICS, run.timestep)
             scalars |= measure_networks(networks, buffer.sample(metrics_size), args)
-        if run.is_due(args.eval_frequency):  # its episodes judge the critics too
+        if run.is_due(args.eval_frequency):  # its episodes also give critic_error
             [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
             eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
             played = evaluate_mode(actor, eval_envs, eval_goals, device)
             rates = played.successes.mean(1)  # (task,)
-            returns = played.rewards.sum(2).mean(1)
             scalars |= by_task("eval/success_rate", tasks, rates)
-            scalars |= by_task("eval/episodic_return", tasks, returns)
+            eval_returns = played.rewards.sum(2).mean(1)
+            scalars |= by_task("eval/episodic_return", tasks, eval_returns)
             scalars["eval/success_rate"] = rates.mean().item()
             error = critic_error(networks, log_alpha, played, args)
             scalars["plasticity/critic_error"] = error
@@ -812,7 +813,7 @@ def require(args: Args, names: str, allowed, what: str):
 
 
 def check_run(args: Args):
-    """Raise ValueError for an argument that no script can have."""
+    """Raise ValueError for an argument that is wrong in any script."""
     check = partial(require, args)
     numbers = [name for name, x in vars(args).items() if isinstance(x, int | float)]
     check(" ".join(numbers), lambda x: 0 <= x < math.inf, "at least 0")

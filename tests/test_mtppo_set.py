@@ -243,6 +243,17 @@ def test_random_growth_is_uniform_over_the_inactive_places():
     assert 103 < statistic < 221
 
 
+@pytest.mark.parametrize("sparsity", [0.9, 0.98])
+def test_a_new_density_is_reached_after_some_evolutions(sparsity):
+    """As after --resume with another --sparsity."""
+    network, other = sparse_network(), sparse_network(sparsity)
+    network.densities = other.densities
+    for _ in range(5):
+        script.evolve(network, Adam(network.parameters()), 0.3, "random", "zero")
+        assert all(((mask == 0) | (mask == 1)).all() for mask in network.masks.values())
+    assert active_weights(network)["head_hidden"] == active_weights(other)["head_hidden"]
+
+
 @pytest.mark.parametrize("make, remembered", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_state_of_grown_weights_is_cleared_and_the_others_kept(make, remembered):
     network = sparse_network()

@@ -294,6 +294,8 @@ def test_replay_keeps_the_latest_transitions_of_each_task():
         latest = set(range(max(0, step - 4), step + 1))
         values = [{*map(int, rewards)} for rewards in Transitions(*state["fields"]).rewards]
         assert values == [latest, {100 + s for s in latest}]
+    with pytest.raises(RuntimeError):  # whose free places would be drawn as zeros
+        ReplayBuffer(30, 2, "cpu").load_state_dict(state)
     torch.manual_seed(0)
     batch = buffer.sample(200)
     assert batch.next_obs.shape == (2, 200, 39)

@@ -570,6 +570,7 @@ BAD = [
     (SAC, "total_timesteps", 4999, "at least an episode of every task"),
     (SAC, "learning_starts", 20_000_000, "below 20000000, the last timestep"),
     (SAC, "buffer_size", 1279, "at least a batch, 1280"),
+    (SAC, "max_grad_norm", 0, "positive"),
 ]
 CASES = [(script, name, *case) for script, names, *case in BAD for name in names.split()]
 
