@@ -124,6 +124,7 @@ class Args:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # study files, run folders, folders that hold them
     out: Path = Path("report")  # folder to write to
+    against: str = ""  # method to compare all others with (default: as the study says)
     timestep: int | None = None  # evaluation that the tables show (default: the last)
     runs_dir: Path = Path("runs/sweep")  # folder of a study's run folders
     results: Path = RESULTS  # folder of folders with a results.csv, whose runs a study may use
@@ -787,6 +788,10 @@ def report(args: Args) -> None:
     matplotlib.use("Agg")
     plt.rcParams.update({"font.size": FONT_SIZE, "axes.titlesize": "medium"})
     runs, left_out = read_runs(args)
+    if args.against not in {"", *(run.method for run in runs)}:
+        fail(f"--against {args.against}: must be a method of the runs")
+    for run in runs:
+        run.against = args.against or run.against
     for own in group(runs, "benchmark", "method").values():
         choose_timestep(own, args.timestep)
     choose_styles(runs)

@@ -250,14 +250,16 @@ def test_a_method_is_compared_with_the_one_that_its_study_names(tmp_path):
         own = dict(dense=dict(sparsity=0), early=dict(prune_start=0.0), late=dict(prune_start=0.1))
         write_log(plan.folder, scores=[score] * 3, seed=plan.seed, **own[plan.method])
 
-    def compared(out):
-        rows = rows_of(write_report(out, study, runs_dir=tmp_path / "runs"))
+    def compared(out, **flags):
+        rows = rows_of(write_report(out, study, runs_dir=tmp_path / "runs", **flags))
         gains = [rows["MT3", name, 1][4:6] for name in ("early", "late")]
         return gains, rows.get(("MT3", "late", 4), [])[:2]
 
     gains = [["dense", "0.40 (0.40, 0.40)"], ["early", "0.30 (0.30, 0.30)"]]
     # 400 / 1000 of the sum of three scores apart in every seed
     assert compared(tmp_path / "a") == (gains, ["early", "36.00 (36.00, 36.00) %, p 0.250"])
+    gains_over_late = [["late", "-0.30 (-0.30, -0.30)"], ["-", "-"]]
+    assert compared(tmp_path / "other", against="late")[0] == gains_over_late
     # Without early's first seed, late and dense are compared with it over the other two
     first, second, _ = sorted((tmp_path / "runs").glob("*=0.0__*"))
     shutil.rmtree(first)
@@ -489,6 +491,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
     a, b = write_log(tmp_path / "a"), write_log(tmp_path / "b")
     assert "both MTPPO GMP on MT3 with seed 1" in error(a, b)
     assert "--timestep 300: must be an evaluation" in error(a, timestep=300)
+    assert "--against x: must be a method of the runs" in error(a, against="x")
     study = study_file(tmp_path, GMP, seeds="[1, 2]")
     for run, scope in zip(sweep.read_study(study, tmp_path), ("layer", "global"), strict=True):
         write_log(run.folder, seed=run.seed, prune_scope=scope)
