@@ -697,13 +697,15 @@ def draw_curve(axes, runs: list[Run], values_of) -> None:
 
 
 def plot_learning_curves(runs: list[Run], path: Path) -> None:
-    """IQM over training: a benchmark per row, an architecture per column."""
-    rows, columns = group(runs, "benchmark"), group(runs, "architecture")
+    """IQM over training: a benchmark per row; a column for each architecture, and for each method
+    that a study compares others with."""
+    rows, columns = group(runs, "benchmark"), group(runs, "architecture", "against")
     width = WIDTH if len(columns) > 1 else WIDTH / 2
     figure, axes = subplots(len(rows), len(columns), 2.4, width)
     cells = itertools.product(rows, columns)
-    for panel, ((benchmark,), (architecture,)) in zip(axes.flat, cells, strict=True):
+    for panel, ((benchmark,), (architecture, against)) in zip(axes.flat, cells, strict=True):
         own = [run for run in rows[(benchmark,)] if run.architecture == architecture]
+        own = [run for run in own if against in (run.against, run.method)]
         panel.set_visible(bool(own))
         for method in group(own, "method").values():
             draw_curve(panel, method, lambda run: run.scores.mean(1))
