@@ -812,7 +812,7 @@ def test_a_sweep_that_waits_for_another_one_stops_and_starts_nothing(tmp_path):
     sweeps = [start_sweep(study), start_sweep(study)]
     try:
         folder = wait_for_checkpoint(study, 50)
-        time.sleep(3)  # the job of either sweep is there, and one waits
+        time.sleep(2)  # the job of either sweep is there, and one waits
         for process in sweeps:
             process.send_signal(signal.SIGINT)
             assert "the same command goes on" in process.communicate(timeout=30)[0]
