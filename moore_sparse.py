@@ -832,9 +832,9 @@ class Run:
         check_run(args)  # again, behind the lock
         state = load_checkpoint(args.resume) if args.resume else {"timestep": 0}
         self.timestep = state["timestep"]
-        for name in parts.keys() & state.keys():
-            groups = {k: v for k, v in parts[name].state_dict().items() if k == "param_groups"}
-            parts[name].load_state_dict(state[name] | groups)  # but learning rates
+        for name, part in parts.items() if args.resume else ():
+            groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
+            part.load_state_dict(state[name] | groups)  # but learning rates
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()
