@@ -429,9 +429,9 @@ def test_remembered_views_are_those_of_minigrid():
 # Kills and resuming
 
 KILLS = {
-    mtppo_gmp: {0: signal.SIGKILL, 200: signal.SIGINT, 300: signal.SIGTERM},
-    mtppo_set: {300: signal.SIGTERM},
-    moe_sparse: {300: signal.SIGINT},
+    mtppo_gmp: {0: signal.SIGKILL, 300: signal.SIGTERM},
+    mtppo_set: {300: signal.SIGINT},
+    moe_sparse: {300: signal.SIGTERM},
     moore_sparse: {300: signal.SIGKILL},
 }
 
@@ -521,7 +521,8 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
         assert [log] == [*tmp_path.glob("events.*")]
         first.kill()
     gc.collect()
-    mtppo_gmp.train(mtppo_gmp.Args(**flags_of(mtppo_gmp), resume=str(tmp_path)))  # frees the lock
+    flags = flags_of(mtppo_gmp, total_timesteps=100, resume=str(tmp_path))
+    mtppo_gmp.train(mtppo_gmp.Args(**flags))  # the lock is free
 
 
 @on_every_script

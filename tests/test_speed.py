@@ -76,7 +76,7 @@ def test_seconds_on_a_clock_of_our_own(capsys, monkeypatch, tmp_path):
 
 
 SMALL = dict(benchmark="MT3", num_steps=200, eval_episodes=1)
-SMALL_SAC = speed.MTSAC | dict(env_names=("reach-v3",), learning_starts=500, batch_size=2)
+SMALL_SAC = speed.MTSAC | dict(env_names=("reach-v3",), learning_starts=950, batch_size=2)
 SMALL_SAC |= dict(buffer_size=1000)
 TINY = {
     "MTPPO GMP": ("mtppo_gmp", SMALL, 200),
