@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -18,6 +19,7 @@ import pytest
 import scipy.stats
 import submitit
 import torch
+from matplotlib.figure import Figure
 from test_runs import scalars
 from torch.utils.tensorboard import SummaryWriter
 
@@ -183,8 +185,10 @@ def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None
     return folder
 
 
-def write_report(out, *runs, results=Path("none"), **changes):
-    report.report(report.Args(runs=runs, out=out, results=results, **changes))
+def write_report(out, *runs, results=Path("none"), pictures=False, **changes):
+    """Its text. Pictures, which take most of the time, are saved only if asked for."""
+    with nullcontext() if pictures else mock.patch.object(Figure, "savefig"):
+        report.report(report.Args(runs=runs, out=out, results=results, **changes))
     return (out / "report.md").read_text()
 
 
@@ -205,7 +209,7 @@ def test_report_of_two_methods(tmp_path, capsys):
         write_log(runs / f"gmp{seed}", scores, **common)
         write_log(runs / f"dense{seed}", (0.1, 0.1, 0.1), sparsity=0, **common)
         write_log(runs / f"other{seed}", sparsity=0, weight_decay=1e-6, gamma=0.5, **common)
-    text = write_report(tmp_path / "out", runs)
+    text = write_report(tmp_path / "out", runs, pictures=True)
     rows = rows_of(text)
     dense, gmp = ("MT3", "MTPPO dense"), ("MT3", "MTPPO GMP")
     assert text.index("MTPPO dense") < text.index("MTPPO GMP")
@@ -331,7 +335,8 @@ def test_results_stand_for_their_run_folders(tmp_path, capsys):
     plans, results = sweep.read_study(study, tmp_path / "runs"), tmp_path / "results"
 
     def report_of(name):
-        return write_report(results / name, study, runs_dir=tmp_path / "runs", results=results)
+        where = dict(runs_dir=tmp_path / "runs", results=results)
+        return write_report(results / name, study, **where, pictures=True)
 
     for plan in plans[:3]:
         scores, sparsity = (0.1 * plan.seed, 1 / 3, 2 / 3), 0.95 * (plan.method == "GMP")
