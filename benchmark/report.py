@@ -63,23 +63,25 @@ METRICS = {
 }
 # Okabe and Ito's colours, which differ with any colour vision; markers for print in grey
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-MARKERS = "osD^vPX*"
+COLOURS += ("#999999",)
+MARKERS = "osD^vPX*p"
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
 WIDTH = 7  # inches: a page's, so that a figure is printed in its own size
 FONT_SIZE = 8
-TEXT = """# Report on {runs} runs
+TEXT = """# Report
 
 {answer}
 
-A run's score is the mean over its tasks, IQM the mean of the middle half of the runs' scores. Gain:
-the IQM less that of the method in the column against, over the seeds that both have. Intervals are
-95 % bootstrap intervals over seeds ({resamples:,} resamples, percentiles expanded for few seeds,
-Hesterberg 2015), too narrow with fewer than six. p is that of the two-sided test that swaps the two
-methods' scores within seeds: all swaps up to {max_exact} seeds, {swaps:,} random ones above.
+Runs: {runs}. A run's score is the mean over its tasks, IQM the mean of the middle half of the runs'
+scores. Gain: the IQM less that of the method in the column against, over the seeds that both have.
+Intervals are 95 % bootstrap intervals over seeds ({resamples:,} resamples, percentiles expanded for
+few seeds, Hesterberg 2015), too narrow with fewer than six. p is that of the two-sided test that
+swaps the two methods' scores within seeds: all swaps up to {max_exact} seeds, {swaps:,} random ones
+above. Interval and p come from different methods and may disagree; the verdict follows p.
 Significant: p below 0.05, not corrected for the number of comparisons; five seeds or fewer cannot
 reach it. Methods whose runs end at different timesteps are not compared.
 
-Of the arguments that two compared methods both have, they differ in:
+The arguments in which two compared methods differ, of those that both have:
 
 {differences}
 
@@ -97,8 +99,8 @@ estimated by the spread of these runs, with the 95 % interval of this estimate (
 
 ## Plasticity
 
-Means over seeds, actor / critic, at the timestep of the first table (figure: IQM). Neurons without
-an unmasked incoming weight are left out of dormancy, masked weights out of the Fisher trace.
+Means over seeds, actor / critic, at the timestep of the first table. Neurons without an unmasked
+incoming weight are left out of dormancy, masked weights out of the Fisher trace.
 
 {plasticity}
 
@@ -400,8 +402,12 @@ def difference_of_iqms(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
     return iqm(scores) - iqm(base)
 
 
+def mean_over_runs(values: np.ndarray) -> np.ndarray:
+    return values.mean(-1)
+
+
 def difference_of_means(values: np.ndarray, base: np.ndarray) -> np.ndarray:
-    return values.mean(-1) - base.mean(-1)
+    return mean_over_runs(values) - mean_over_runs(base)
 
 
 def probability_of_improvement(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
@@ -510,7 +516,7 @@ def shown_p(p: float) -> str:
 def verdict(p: float, seeds: int) -> str:
     """In words; 2 of the 2^seeds swaps are always as extreme."""
     if 2 / 2**seeds > 0.05:
-        return f"{seeds} seeds cannot show it"
+        return f"{seeds} seeds: p is at least {2 / 2**seeds:.1g}"
     return "significant" if p < 0.05 else "not significant"
 
 
@@ -542,7 +548,7 @@ def describe_differences(runs: list[Run]) -> str:
         names = differing_args([own[0], base[0]])
         shown = [f"`{name}` {own[0].args[name]}, not {base[0].args[name]}" for name in names]
         lines[f"- {own[0].method} against {base[0].method}: {'; '.join(shown) or 'none'}"] = None
-    return "\n".join(lines) or "No methods are compared."
+    return "\n".join(lines) or "- no methods are compared"
 
 
 def details_table(runs: list[Run]) -> str:
@@ -608,7 +614,7 @@ def plasticity_differences(runs: list[Run]) -> str:
             cells.append(f"{shown}{' %' * (scale == 100)}, p {p}")
         rows.append(cells)
     if not rows:
-        return "No two methods of two seeds."
+        return "No two methods have two seeds in common."
     return table(["benchmark", "method", "against", *metrics.values()], rows)
 
 
@@ -681,14 +687,14 @@ def finish(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curve(axes, runs: list[Run], values_of) -> None:
-    """IQM over time, with its band, of values_of(run), one for each of its evaluations."""
+def draw_curve(axes, runs: list[Run], values_of, statistic) -> None:
+    """A statistic over runs, with its band, of values_of(run), one for each of its evaluations."""
     timesteps = sorted(set.intersection(*(set(run.timesteps) for run in runs)))
     series = [dict(zip(run.timesteps, values_of(run), strict=True)) for run in runs]
     values = np.array([[own[timestep] for own in series] for timestep in timesteps])
     marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
-    axes.plot(timesteps, iqm(values), **runs[0].style, **marks)
-    limits = interval(iqm, values, resamples=BAND_RESAMPLES)
+    axes.plot(timesteps, statistic(values), **runs[0].style, **marks)
+    limits = interval(statistic, values, resamples=BAND_RESAMPLES)
     if limits is not None:
         band = dict(color=runs[0].style["color"], alpha=0.2, linewidth=0)
         axes.fill_between(timesteps, *limits, **band)
@@ -708,22 +714,23 @@ def plot_learning_curves(runs: list[Run], path: Path) -> None:
         own = [run for run in own if against in (run.against, run.method)]
         panel.set_visible(bool(own))
         for method in group(own, "method").values():
-            draw_curve(panel, method, lambda run: run.scores.mean(1))
+            draw_curve(panel, method, lambda run: run.scores.mean(1), iqm)
             panel.set_ylabel(f"{method[0].measure.replace('_', ' ')} (IQM)")
-        panel.set(title=f"{architecture}, {benchmark}", xlabel="timesteps")
+        compared = f", against {against}" if against else ""
+        panel.set(title=f"{architecture}, {benchmark}{compared}", xlabel="timesteps")
         panel.tick_params(labelleft=True)
     finish(figure, path)
 
 
 def plot_plasticity(runs: list[Run], path: Path) -> None:
-    """Plasticity metrics over training, a row per architecture and benchmark."""
+    """Means of the plasticity metrics over training, a row per architecture and benchmark."""
     rows, shown = group(runs, "architecture", "benchmark"), measured(runs)
     shown.pop("critic_effective_rank", None)
     figure, axes = subplots(len(rows), len(shown), 1.7, sharey=False)
     for (title, own), row in zip(rows.items(), axes, strict=True):
         for panel, metric in zip(row, shown, strict=True):
             for method in group(own, "method").values():
-                draw_curve(panel, method, lambda run, metric=metric: run.metrics[metric])
+                draw_curve(panel, method, lambda run, m=metric: run.metrics[m], mean_over_runs)
             panel.set(xlim=(0, None), ylim=(0, None))
             panel.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
             if metric.endswith("dormant_ratio"):

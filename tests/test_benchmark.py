@@ -122,7 +122,7 @@ def test_the_swap_test_against_scipy():
 
 
 def test_five_seeds_cannot_show_a_gain_and_six_can():
-    for seeds, p, words in ((5, 2 / 32, "5 seeds cannot show it"), (6, 2 / 64, "significant")):
+    for seeds, p, words in ((5, 2 / 32, "5 seeds: p is at least 0.06"), (6, 2 / 64, "significant")):
         scores = np.arange(seeds) / 100
         assert report.swap_test(report.difference_of_iqms, scores + 1, scores) == p
         assert report.verdict(p, seeds) == words
@@ -215,7 +215,7 @@ def test_report_of_two_methods(tmp_path, capsys):
     assert text.index("MTPPO dense") < text.index("MTPPO GMP")
     assert rows[*dense, 1] == "2;400000;0.10 (0.10, 0.10);0.70 (0.60, 0.76);-;-;-;-".split(";")
     ours = "2;400000;0.70 (0.55, 0.85);0.77 (0.73, 0.80);MTPPO dense;0.60 (0.45, 0.75);0.500"
-    assert rows[*gmp, 1] == [*ours.split(";"), "2 seeds cannot show it"]
+    assert rows[*gmp, 1] == [*ours.split(";"), "2 seeds: p is at least 0.5"]
     # Another experiment than the paper's has no figure of the paper's next to it
     assert rows["MT3", "MTPPO weight decay", 1][2:4] == ["0.60 (0.60, 0.60)", "-"]
     assert "- MTPPO GMP against MTPPO dense: `sparsity` 0.95, not 0\n" in text
@@ -415,6 +415,22 @@ def test_figures_show_all_of_every_curve(tmp_path, figures):
     [point] = figures["dormancy_return"].axes[2].lines
     assert point.get_xdata() == pytest.approx(0.4 * (1000 + 1.8))
     assert point.get_ydata() == pytest.approx(0.6)
+
+
+def test_curves_are_iqms_of_scores_and_means_of_metrics(tmp_path, figures):
+    runs = []
+    for value in (0.1, 0.2, 0.4, 0.9):  # IQM 0.3, mean 0.4
+        metrics = {name: np.array([value, 2 * value]) for name in report.METRICS}
+        named = dict(method="GMP", architecture="MTPPO", benchmark="MT3", measure="return")
+        run = report.Run("", **named, timesteps=[1, 2], metrics=metrics)
+        run.style = dict(color="black", label="GMP")
+        run.scores = np.array([[value - 0.1, value + 0.1]] * 2)  # (evaluation, task)
+        runs.append(run)
+    report.plot_learning_curves(runs, tmp_path / "scores.png")
+    report.plot_plasticity(runs, tmp_path / "metrics.png")
+    assert figures["scores"].axes[0].lines[0].get_ydata() == pytest.approx([0.3, 0.3])
+    for panel in figures["metrics"].axes:
+        assert panel.lines[0].get_ydata() == pytest.approx([0.4, 0.8])
 
 
 def test_methods_have_the_same_colour_in_every_report():
@@ -777,7 +793,7 @@ def test_a_failing_method_stops_no_other_and_studies_share_runs(tmp_path, whole_
     assert run_sweep(other) == (0, f"1 runs: 1 complete, 0 to run in {runs}\n")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     text = write_report(tmp_path / "out", runs, study, other, runs_dir=runs)
-    assert "on 1 runs\n" in text and "(1 of at least 5 runs)" in text and "MTPPO GMP" not in text
+    assert "\nRuns: 1. " in text and "(1 of at least 5 runs)" in text and "MTPPO GMP" not in text
     for name in ("good", "another name"):
         assert re.search(rf"^\| MT3 \| {name} \| 1 \| 1500 \| .*no interval: 1 seed", text, re.M)
     assert "- bad on MT3, seed 1: incomplete" in text
