@@ -805,7 +805,7 @@ def wait_for_checkpoint(study, timestep):
         found = list(study.parent.glob("runs/MT3__*/checkpoint.pt"))
         if found and torch.load(found[0])["timestep"] >= timestep:
             return found[0].parent
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_files(tmp_path, whole_run):

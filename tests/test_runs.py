@@ -114,7 +114,7 @@ def wait_for(run_dir, timestep, process):
     path = Path(run_dir) / "checkpoint.pt"
     while not path.exists() or checkpoint(run_dir)["timestep"] < timestep:
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def command(script, *words):
