@@ -48,18 +48,20 @@ class Args:
 
 
 def solved_tasks(runs: list[Run]) -> str:
-    """Per method and task: runs that solve it at the end, their mean score, seeds that lost it."""
+    """Per method and task: runs that solve it at the end, their mean score, runs that learned it at
+    some time, seeds that lost it."""
     rows = []
     for (benchmark, method), own in group(runs, "benchmark", "method").items():
         for i, task in enumerate(own[0].tasks):
             scores = {run.seed: run.scores[:, i] for run in own}
             solved = [x[-1] for x in scores.values() if x[-1] > SOLVED]
             mean = f"{np.mean(solved):.2f}" if solved else "-"
-            lost = [n for n, x in scores.items() if x.max() > LEARNED and x[-1] <= SOLVED]
-            shown = [f"{len(solved)} of {len(own)}", mean, ", ".join(map(str, lost)) or "-"]
+            learned = {n: x[-1] for n, x in scores.items() if x.max() > LEARNED}
+            lost = ", ".join(str(n) for n, last in learned.items() if last <= SOLVED)
+            shown = [f"{len(solved)} of {len(own)}", mean, len(learned), lost or "-"]
             rows.append([benchmark, method, task, *shown])
-    columns = ["benchmark", "method", "task", "solved", "mean score of these", "seeds that lost it"]
-    return table(columns, rows)
+    columns = "benchmark, method, task, solved, mean score of these, learned, seeds that lost it"
+    return table(columns.split(", "), rows)
 
 
 def fisher_traces(runs: list[Run]) -> str:

@@ -547,7 +547,7 @@ SPARSIFIERS = {
 
 @pytest.mark.parametrize("options", SPARSIFIERS.values(), ids=SPARSIFIERS)
 def test_neither_a_stop_nor_evaluations_change_a_run(options, stub_run, tmp_path, monkeypatch):
-    options |= dict(prune="both")
+    options = options | dict(prune="both")
     whole = stub_run("whole", **options)
     rare = stub_run("rare", **options, eval_frequency=72, plasticity_frequency=72)
     assert_same(rare["state"] | {"args": None}, whole["state"] | {"args": None})
