@@ -558,7 +558,8 @@ def test_solved_and_lost_tasks_traces_and_grown_weights_by_hand():
         named = dict(method="SET", benchmark="MT1", seed=seed, tasks=["a"], timesteps=[1, 5, 8])
         runs.append(report.Run("", **named, scores=np.array([scores]).T, metrics=metrics))
     # 0.1 is not solved; 0.5 was not learned
-    assert rows_of(analyses.solved_tasks(runs))["MT1", "SET", 1] == ["a", "1 of 3", "0.20", "2", "2"]
+    solved = rows_of(analyses.solved_tasks(runs))["MT1", "SET", 1]
+    assert solved == ["a", "1 of 3", "0.20", "2", "2"]
     assert rows_of(analyses.fisher_traces(runs))["MT1", "SET", 1] == ["20", "5", "10", "2 of 3"]
     kept = rows_of(analyses.grown_kept(runs))["MT1", "SET", 1]
     assert kept == ["60.0 %", "20.0 %", "60.0 %", "20.0 %"]
