@@ -329,7 +329,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         magnitudes = magnitudes.masked_fill(~active, -1.0)
         scores = scores.masked_fill(active, -1.0)
         kept = (keep_largest(magnitudes, count - moved) * active).view_as(layer.weight)
-        grown = keep_largest(scores, moved).view_as(layer.weight)
+        grown = (keep_largest(scores, moved) * ~active).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":

@@ -59,7 +59,7 @@ class Args:
     # SAC
     batch_size: int = 128  # transitions per task in a batch
     buffer_size: int = 1_000_000  # transitions kept, over all tasks
-    learning_starts: int = 40_000  # timesteps of random actions at first
+    learning_starts: int = 40_000  # timesteps of random actions, without updates, at first
     updates_per_step: int = 1  # updates after each step of all environments
     actor_lr: float = 3e-4  # learning rate of the actor
     critic_lr: float = 3e-4  # learning rate of the critic
@@ -82,7 +82,7 @@ class Args:
     prune_frequency: int = 5000  # timesteps between mask updates
     prune_scope: Literal["layer", "global"] = "layer"  # rank within a layer or network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
-    set_frequency: int = 2000  # timesteps between SET updates
+    set_frequency: int = 2000  # timesteps between SET updates, at most one an episode
     set_epsilon: float | None = None  # density epsilon (1/in + 1/out), not --sparsity
     set_regrow: Literal["random", "gradient"] = "random"  # gradient: by RigL's rule
     set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
@@ -344,7 +344,7 @@ def evolve(network: nn.Module, optimizer, zeta: float, regrow: str, grow: str) -
         magnitudes = magnitudes.masked_fill(~active, -1.0)
         scores = scores.masked_fill(active, -1.0)
         kept = (keep_largest(magnitudes, count - moved) * active).view_as(layer.weight)
-        grown = keep_largest(scores, moved).view_as(layer.weight)
+        grown = (keep_largest(scores, moved) * ~active).view_as(layer.weight)
         grown_before.append(layer.grown.sum())
         kept_of_it.append((layer.grown * kept).sum())
         if grow == "init":
@@ -455,11 +455,12 @@ def choose_actions(actor: nn.Module, obs: np.ndarray, learning: bool) -> np.ndar
 
 
 @torch.no_grad()
-def critic_targets(actor, target, log_alpha: Tensor, batch: Transitions, gamma, max_q) -> Tensor:
-    """Soft Bellman targets (task, batch) of both critics (arXiv 1812.05905, equation 6)."""
+def critic_targets(actor, target, alpha: Tensor, batch: Transitions, gamma, max_q) -> Tensor:
+    """Soft Bellman targets (task, batch) of both critics, for temperatures alpha (task, 1) (arXiv
+    1812.05905, equation 6)."""
     actions, log_probs = draw_actions(*policy(actor, batch.next_obs))
     q = q_values(target, batch.next_obs, actions).amin(0)
-    soft_values = q - log_alpha.exp()[:, None] * log_probs
+    soft_values = q - alpha * log_probs
     targets = batch.rewards + gamma * batch.bootstrap * soft_values
     return targets.clamp(-max_q, max_q) if max_q else targets
 
@@ -488,7 +489,7 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
     target = networks["target"]
     alpha = log_alpha.detach().exp()[:, None]  # (task, 1)
 
-    targets = critic_targets(actor, target, log_alpha, batch, args.gamma, args.max_q)
+    targets = critic_targets(actor, target, alpha, batch, args.gamma, args.max_q)
     q = q_values(critic, batch.obs, batch.actions)  # (2, task, batch)
     qf_loss = (q - targets).square().mean()
     descend_clipped(qf_loss, critic, optimizers["critic"], args.max_grad_norm)
@@ -588,16 +589,18 @@ def train(args: Args) -> Path:
         if run.is_due(args.plasticity_frequency):
             seed_all(args.seed, METRICS, run.timestep)
             scalars |= measure_networks(networks, buffer.sample(metrics_size), args)
-        if run.is_due(args.eval_frequency):  # its episodes also give critic_error
+        if run.is_due(args.eval_frequency):
             [goal_seed] = seed_all(args.seed, EVALUATION, run.timestep, 1)
             eval_goals = draw_goals(goal_seed, num_tasks, args.eval_episodes)
-            played = evaluate_mode(actor, eval_envs, eval_goals, device)
+            played = play(actor, eval_envs, eval_goals, device, draw=False)
             rates = played.successes.mean(1)  # (task,)
             scalars |= by_task("eval/success_rate", tasks, rates)
             eval_returns = played.rewards.sum(2).mean(1)
             scalars |= by_task("eval/episodic_return", tasks, eval_returns)
             scalars["eval/success_rate"] = rates.mean().item()
-            error = critic_error(networks, log_alpha, played, args)
+            error_goals = eval_goals[:, :CRITIC_ERROR_EPISODES]
+            drawn = play(actor, eval_envs, error_goals, device, draw=True)
+            error = critic_error(networks, log_alpha, drawn, args)
             scalars["plasticity/critic_error"] = error
 
         # SET's update: after the evaluation of what was trained, before the next acting
@@ -617,7 +620,8 @@ def train(args: Args) -> Path:
 
 
 NETWORKS, TRAINING, EVALUATION, METRICS, INTERVENTIONS, GOALS = range(6)  # purposes of a seed
-CRITIC_ERROR_STRIDE = 10  # steps between two states that the critics are compared on
+CRITIC_ERROR_EPISODES = 5  # per task, on which critics and returns are compared
+CRITIC_ERROR_STRIDE = 10  # steps between two states of the comparison
 
 
 def task_ids(args: Args) -> list[str]:
@@ -682,12 +686,12 @@ def seed_all(seed: int, purpose: int, timestep: int, num_envs: int = 0) -> list[
     return seeds[1:]
 
 
-class Evaluation(NamedTuple):
-    """Whole episodes that followed the mode of the policy."""
+class Episodes(NamedTuple):
+    """Whole episodes of every task."""
 
     obs: Tensor  # (task, episode, 501, 39), that of the end too
     actions: Tensor  # (task, episode, 500, 4)
-    log_probs: Tensor  # (task, episode, 500), of an action drawn where the mode was played
+    log_probs: Tensor  # (task, episode, 500), of actions drawn from the policy
     rewards: Tensor  # (task, episode, 500)
     successes: Tensor  # (task, episode), 1 where there was one at any step
 
@@ -701,8 +705,9 @@ def draw_goals(seed: int, num_tasks: int, num_episodes: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate_mode(actor: nn.Module, envs, goals: np.ndarray, device: str) -> Evaluation:
-    """Play an episode for each of goals (task, episode) with the mode of the policy."""
+def play(actor: nn.Module, envs, goals: np.ndarray, device: str, draw: bool) -> Episodes:
+    """Play an episode for each of goals (task, episode), with the actions drawn from the policy or
+    with its mode."""
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     episodes = []
     for own_goals in goals.T:
@@ -711,8 +716,8 @@ def evaluate_mode(actor: nn.Module, envs, goals: np.ndarray, device: str) -> Eva
         obs = to_tensor(obs)  # (task, 39)
         for _ in range(EPISODE_STEPS):
             mean, log_std = (x.squeeze(1) for x in policy(actor, obs[:, None]))
-            actions = mean.tanh()
-            _, log_probs = draw_actions(mean, log_std)
+            drawn, log_probs = draw_actions(mean, log_std)
+            actions = drawn if draw else mean.tanh()
             next_obs, rewards, _, _, info = envs.step(actions.cpu().numpy())
             rewards = to_tensor(rewards)
             success = to_tensor(info["success"] > 0)
@@ -724,7 +729,7 @@ def evaluate_mode(actor: nn.Module, envs, goals: np.ndarray, device: str) -> Eva
         episodes.append(fields)
     fields = [torch.stack(field, 1) for field in zip(*episodes, strict=True)]
     fields[-1] = fields[-1].amax(2)  # whether any step was a success
-    return Evaluation(*fields)
+    return Episodes(*fields)
 
 
 def by_task(tag: str, tasks: list[str], values) -> dict:
@@ -744,23 +749,24 @@ def soft_returns(rewards: Tensor, bonuses: Tensor, tail: Tensor, gamma: float) -
 
 
 @torch.no_grad()
-def critic_error(networks: dict, log_alpha: Tensor, played: Evaluation, args: Args) -> float:
+def critic_error(networks: dict, log_alpha: Tensor, drawn: Episodes, args: Args) -> float:
     """Mean squared difference between the smaller Q and the soft return that followed, on every
-    CRITIC_ERROR_STRIDE-th state and action of the evaluation. The soft return adds, for each later
-    state, the temperature times minus the log-prob of an action drawn there, and with
-    --bootstrap-at-truncation the critics' soft value of the last observation."""
+    CRITIC_ERROR_STRIDE-th state and action of episodes with drawn actions. The soft return adds,
+    for each later state, the temperature times minus the log-prob of its action, and with
+    --bootstrap-at-truncation the critics' soft value of the last observation. An exact critic's
+    is not zero, but the variance of the returns over the actions drawn."""
     actor = networks["actor"]
     critic = networks["critic"]
     alpha = log_alpha.exp()[:, None]  # (task, 1)
-    last_obs = played.obs[:, :, -1]  # (task, episode, 39)
+    last_obs = drawn.obs[:, :, -1]  # (task, episode, 39)
     actions, log_probs = draw_actions(*policy(actor, last_obs))
     tail = q_values(critic, last_obs, actions).amin(0) - alpha * log_probs
     tail = tail * args.bootstrap_at_truncation
-    bonuses = -alpha[:, None] * played.log_probs
-    returns = soft_returns(played.rewards, bonuses, tail, args.gamma)
+    bonuses = -alpha[:, None] * drawn.log_probs
+    returns = soft_returns(drawn.rewards, bonuses, tail, args.gamma)
     chosen = slice(0, EPISODE_STEPS, CRITIC_ERROR_STRIDE)
-    obs = played.obs[:, :, chosen].flatten(1, 2)  # (task, episode * step, 39)
-    actions = played.actions[:, :, chosen].flatten(1, 2)
+    obs = drawn.obs[:, :, chosen].flatten(1, 2)  # (task, episode * step, 39)
+    actions = drawn.actions[:, :, chosen].flatten(1, 2)
     returns = returns[:, :, chosen].flatten(1, 2)
     values = q_values(critic, obs, actions).amin(0)  # (task, episode * step)
     return (values - returns).square().mean().item()

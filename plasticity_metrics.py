@@ -47,7 +47,7 @@ def dormant_ratio(
     activations: one tensor per hidden layer, or stack of layers, as for dormant_scores.
     alive: one bool mask per tensor; the others (a neuron whose incoming weights are all pruned)
     enter neither a layer's mean nor the count.
-    Source: Sokar et al. 2023, definition 3.2.
+    Source: Sokar et al. 2023, definition 3.1.
     """
     if not activations:
         raise ValueError("activations: an empty list")

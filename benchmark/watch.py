@@ -83,11 +83,11 @@ class Recorder(gym.Wrapper):
 def play(script, args: Args) -> dict[str, tuple[gym.Env, list]]:
     """Play the episodes; task -> its environment, (reset, actions) of each of its episodes."""
     actor, agent_args, tasks = script.load_agent(str(args.run_dir))
-    if hasattr(script, "evaluate_mode"):  # Meta-World
+    if hasattr(script, "draw_goals"):  # Meta-World
         vector_env = script.make_vector_env(replace(agent_args, vectorization="sync"))
         vector_env.envs = [Recorder(env) for env in vector_env.envs]
         goals = script.draw_goals(args.seed, len(tasks), args.episodes)
-        script.evaluate_mode(actor, vector_env, goals, "cpu")
+        script.play(actor, vector_env, goals, "cpu", draw=False)
         envs = [[env] for env in vector_env.envs]
     else:
         envs = [[Recorder(script.make_env(task)) for _ in range(args.episodes)] for task in tasks]

@@ -135,7 +135,7 @@ def test_targets_against_a_plain_loop(max_q):
     networks, log_alpha, batch = make_networks(), log_alphas(), random_batch()
     torch.manual_seed(3)
     targets = script.critic_targets(
-        networks["actor"], networks["target"], log_alpha, batch, 0.9, max_q
+        networks["actor"], networks["target"], log_alpha.exp()[:, None], batch, 0.9, max_q
     )
     torch.manual_seed(3)
     noise = torch.randn(3, 5, 4)
@@ -171,7 +171,8 @@ def test_update_follows_the_plain_gradients():
                 parameter -= 0.1 * parameter.grad
 
     torch.manual_seed(7)
-    targets = script.critic_targets(old["actor"], old["target"], start, batch, 0.9, 5000)
+    alpha = start.exp()[:, None]
+    targets = script.critic_targets(old["actor"], old["target"], alpha, batch, 0.9, 5000)
     twins = old["critic"](torch.cat([batch.obs, batch.actions], -1))[..., 0]
     qf_loss = sum(((q - targets) ** 2).sum() / 30 for q in twins)
     descend(qf_loss, old["critic"])
@@ -258,12 +259,16 @@ def test_set_follows_its_rule_and_tells_what_it_keeps(stub_run, monkeypatch):
 
 @pytest.mark.parametrize("sparsifier", ["gmp", "set"])
 def test_masks_change_in_their_order_with_evaluations(sparsifier, stub_run, monkeypatch):
-    events, judges = [], ["measure_networks", "evaluate_mode", "critic_error"]
+    events, judges = [], ["measure_networks", "play by mode", "play drawn", "critic_error"]
 
     def record(name, function):
-        monkeypatch.setattr(script, name, lambda *args: (events.append(name), function(*args))[1])
+        def recorded(*args, **how):
+            events.append(name + {True: " drawn", False: " by mode"}.get(how.get("draw"), ""))
+            return function(*args, **how)
 
-    for name in ("update", "prune", "evolve", *judges):
+        monkeypatch.setattr(script, name, recorded)
+
+    for name in ("update", "prune", "evolve", "measure_networks", "play", "critic_error"):
         record(name, getattr(script, name))
     stub_run(prune="both", sparsifier=sparsifier, prune_frequency=12, set_frequency=12)
     expected = []
@@ -436,9 +441,9 @@ def test_critic_error_against_a_plain_loop(bootstrap, stubs):
     actor, envs = networks["actor"], script.make_vector_env(args)
     goals = np.array([[1, 2], [3, 4], [5, 6]])
     torch.manual_seed(5)
-    played = script.evaluate_mode(actor, envs, goals, "cpu")
-    assert played.successes.tolist() == [[0, 0], [1, 1], [0, 0]]
-    error = script.critic_error(networks, log_alpha, played, args)
+    drawn = script.play(actor, envs, goals, "cpu", draw=True)
+    assert drawn.successes.tolist() == [[0, 0], [1, 1], [0, 0]]
+    error = script.critic_error(networks, log_alpha, drawn, args)
 
     torch.manual_seed(5)
     noise = torch.stack([torch.randn(3, 4) for _ in range(16)], 1).view(3, 2, 8, 4)
@@ -448,7 +453,7 @@ def test_critic_error_against_a_plain_loop(bootstrap, stubs):
         for e in range(2):
             obs = torch.zeros(3, 9, 39)
             obs[t, :, :3] = torch.tensor([[t, goals[t, e], step] for step in range(9)])
-            assert torch.equal(played.obs[t, e], obs[t])
+            assert torch.equal(drawn.obs[t, e], obs[t])
             actions, log_probs = plain_draws(actor, obs, noise[t, e].expand(3, 9, 4))
             bonuses = [-math.exp(log_alpha[t]) * x for x in log_probs[t].tolist()]
 
@@ -457,13 +462,12 @@ def test_critic_error_against_a_plain_loop(bootstrap, stubs):
                 return networks["critic"](inputs)[:, t, step, 0].min().item()
 
             tail = smaller_q(8, actions) + bonuses[8]
-            mode = actor(obs)[0, ..., :4].tanh()
             for first in (0, 3, 6):
                 total = 0.9 ** (8 - first) * tail if bootstrap else 0.0
                 for step in range(first, 8):
                     bonus = bonuses[step] if step > first else 0.0
                     total += 0.9 ** (step - first) * (t + (step + 1) / 10 + bonus)
-                errors.append((smaller_q(first, mode) - total) ** 2)
+                errors.append((smaller_q(first, actions) - total) ** 2)
     assert error == pytest.approx(np.mean(errors), rel=1e-4)
 
 
