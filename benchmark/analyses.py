@@ -22,12 +22,14 @@ from report import (
     MARKERS,
     Run,
     call_by_arguments,
+    differing_args,
     finish,
     group,
     interval,
     iqm,
     paper_method,
     read_results,
+    refuse_equal,
     subplots,
     table,
 )
@@ -35,8 +37,8 @@ from scipy.stats import t
 from subnetworks import load_checkpoint
 from sweep import ROOT, fail
 
-SOLVED = 0.1  # a task is solved if its score is higher; in between there is hardly any
-LEARNED = 0.5  # a task is lost if its score was higher once and it is not solved at the end
+SOLVED = 0.1  # solved: the last score is higher
+LEARNED = 0.5  # learned: some score is higher; lost: learned, but not solved
 
 
 @dataclass
@@ -97,6 +99,9 @@ def plot_learning_rates(runs: list[Run], path: Path) -> None:
     """Score (IQM with interval), rank and dormancy of the actor (means with Student's interval) at
     the end, by learning rate, for dense, GMP and SET: a small mark per run."""
     runs = [run for run in runs if run.row in ("MTPPO dense", "MTPPO GMP", "MTPPO SET")]
+    others = set().union(*map(differing_args, group(runs, "row").values()))
+    if len(group(runs, "benchmark")) != 1 or others - {"actor_lr", "critic_lr"}:
+        fail("--learning-rates: must be given runs of one benchmark, equal but for learning rates")
     rates = sorted({float(run.args["actor_lr"]) for run in runs})
     figure, axes = subplots(1, 3, 2.4, sharey=False)
     shown = {
@@ -110,14 +115,17 @@ def plot_learning_rates(runs: list[Run], path: Path) -> None:
             centres = []
             for i, rate in enumerate(rates):
                 x = np.array([value(run) for run in own if float(run.args["actor_lr"]) == rate])
+                if not len(x):
+                    continue
                 place = i + 0.15 * (number - 1)
                 panel.scatter(np.full(len(x), place), x, s=6, alpha=0.5, linewidths=0, **style)
                 if title == "normalized return":
                     centre, limits = iqm(x), interval(iqm, x)
-                else:
+                else:  # NaN of one run
                     half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
                     centre, limits = x.mean(), (x.mean() - half, x.mean() + half)
-                panel.vlines(place, *limits, color=style["color"], linewidth=1.2)
+                if limits is not None:
+                    panel.vlines(place, *limits, color=style["color"], linewidth=1.2)
                 centres.append((place, centre))
             label = method[0].removeprefix("MTPPO ")
             panel.plot(*zip(*centres, strict=True), **style, markersize=5, linewidth=1, label=label)
@@ -138,8 +146,10 @@ def count_neurons(
     *names, output = network.layers
     counts = {name: np.zeros(3, int) for name in names}
     for name, h, alive in zip(names, hidden, plasticity.alive_neurons(network), strict=True):
-        # A head's neurons see their own task's observations
-        for own, some in zip(h, alive, strict=True) if name == "head_hidden" else [(h, alive)]:
+        layers = [(h, alive)]
+        if name == "head_hidden":  # whose neurons see their own task's observations
+            layers = zip(h, alive, strict=True)
+        for own, some in layers:
             dormant = some & (plasticity.dormant_scores(own, some) <= tau)
             counts[name] += [int(dormant.sum()), int(some.sum()), len(some)]
     dense = torch.ones(len(obs), 1)
@@ -151,20 +161,22 @@ def read_neurons(folder: Path) -> tuple[Run, dict] | None:
     """A complete MiniGrid run, and by network its neurons on observations of its buffer."""
     state = load_checkpoint(folder)
     given, timestep = state["args"], state["timestep"]
-    if timestep + given.get("num_steps", 0) <= given["total_timesteps"]:
+    if "num_steps" not in given or timestep + given["num_steps"] <= given["total_timesteps"]:
         return None
     script = importlib.import_module(state["script"])
+    if given.keys() != script.Args.__dataclass_fields__.keys():
+        return None
     args, buffer = script.Args(**given), state["buffer"]
     tasks, capacity = buffer["observations"].shape[:2]
-    size = min(buffer["added"], capacity), (math.ceil(args.plasticity_batch_size / tasks),)
-    slots = torch.randint(*size, generator=torch.Generator().manual_seed(0))
+    filled, batch = min(buffer["added"], capacity), math.ceil(args.plasticity_batch_size / tasks)
+    slots = torch.randint(filled, (batch,), generator=torch.Generator().manual_seed(0))
     obs, found = buffer["observations"][:, slots], {}
     for name, network in script.make_networks(args).items():
         network.load_state_dict(state[name])
         found[name] = count_neurons(network, obs, args.dormant_tau)
     shown = {name: str(value) for name, value in given.items()}
     own = dict(benchmark=", ".join(args.env_ids) or args.benchmark, seed=args.seed, args=shown)
-    return Run(folder.name, row=paper_method(shown)[1], **own), found
+    return Run(str(folder), row=paper_method(shown)[1], **own), found
 
 
 def neurons(found: list[tuple[Run, dict]]) -> str:
@@ -173,6 +185,7 @@ def neurons(found: list[tuple[Run, dict]]) -> str:
     runs, rows = [run for run, _ in found], []
     by_name = {run.name: networks for run, networks in found}
     call_by_arguments(runs)
+    refuse_equal(runs)
     for (benchmark, method), own in group(runs, "benchmark", "method").items():
         for name in ("actor", "critic"):
             layers, heads = zip(*(by_name[run.name][name] for run in own), strict=True)
@@ -192,27 +205,26 @@ def neurons(found: list[tuple[Run, dict]]) -> str:
 def analyses(args: Args) -> None:
     """Print the tables."""
     sys.path.insert(0, str(ROOT))
-    files = [path for path in args.paths if path.suffix == ".csv"]
-    for path in files:
-        runs = read_results(path)
+    files = {path: read_results(path) for path in args.paths if path.suffix == ".csv"}
+    for path, runs in files.items():
         print(f"## {path.parent.name}\n", "Tasks at the end:\n", solved_tasks(runs), "", sep="\n")
         print("Fisher trace, mean over seeds:\n", fisher_traces(runs), "", sep="\n")
         print(
             "Share of grown weights that the next update keeps:\n", grown_kept(runs), "", sep="\n"
         )
     if args.learning_rates:
-        every = {run.name: run for path in files for run in read_results(path)}
+        every = {run.name: run for runs in files.values() for run in runs}
         plot_learning_rates([*every.values()], args.learning_rates)
-    others = sorted(set(args.paths) - set(files))
-    folders = [file.parent for path in others for file in sorted(path.rglob("checkpoint.pt"))]
-    found = [read for folder in folders if (read := read_neurons(folder))]
+    others = set(args.paths) - files.keys()
+    folders = {file.parent.resolve() for path in others for file in path.rglob("checkpoint.pt")}
+    found = [read for folder in sorted(folders) if (read := read_neurons(folder))]
     if not files and not found:
         fail("must be given results.csv files, or folders of complete MiniGrid runs")
     if found:
+        counted = neurons(found)
         print("Dormant neurons, those without a weight left out / counted as dormant:\n")
-        print(
-            neurons(found), f"\n{len(folders) - len(found)} runs left out: not complete.", sep="\n"
-        )
+        print(counted)
+        print(f"\n{len(folders) - len(found)} runs left out: not complete, of Meta-World, or old.")
 
 
 if __name__ == "__main__":

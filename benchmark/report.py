@@ -68,6 +68,7 @@ MARKERS = "osD^vPX*p"
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
 WIDTH = 7  # inches: a page's, so that a figure is printed in its own size
 FONT_SIZE = 8
+plt.rcParams.update({"font.size": FONT_SIZE, "axes.titlesize": "medium"})
 TEXT = """# Report
 
 {answer}
@@ -108,7 +109,7 @@ Differences to the other method, with Student's paired 95 % interval and p of th
 
 {plasticity_differences}
 
-Dormancy and score over all runs, whatever their method:
+Dormancy and score over all runs, whatever their method (these intervals draw runs, not seeds):
 
 {correlations}
 
@@ -129,7 +130,8 @@ class Args:
     against: str = ""  # method to compare all others with (default: as the study says)
     timestep: int | None = None  # evaluation that the tables show (default: the last)
     runs_dir: Path = Path("runs/sweep")  # folder of a study's run folders
-    results: Path = RESULTS  # folder of folders with a results.csv, whose runs a study may use
+    # folder of folders with a results.csv, whose runs a study may use
+    results: Path | None = RESULTS
 
 
 @dataclass
@@ -171,7 +173,7 @@ def paper_method(args: dict[str, str]) -> tuple[str, str]:
 
     The log does not name the script, but each script has arguments that only it has.
     """
-    markers = dict(MOORE="orthogonal_mix", MoE="num_experts") | {"MT-SAC": "prune"}
+    markers = {"MOORE": "orthogonal_mix", "MoE": "num_experts", "MT-SAC": "prune"}
     architecture = next((a for a, marker in markers.items() if marker in args), "MTPPO")
     sparsifier = args.get("sparsifier", "set" if "set_zeta" in args else "gmp")
     parts = []
@@ -196,7 +198,8 @@ def read_log(folder: Path) -> Run:
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     if "args/text_summary" not in log.Tags()["tensors"]:
         return Run(folder.name, "not started (its log holds no arguments)")
-    text = log.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+    latest = log.Tensors("args/text_summary")[-1]  # a resumed run may have other flags
+    text = latest.tensor_proto.string_val[0].decode()
     args = dict(line.strip("|").split("|", 1) for line in text.splitlines()[2:])
     scores, metrics = {}, {}  # measure/task, metric -> timestep -> value
     for tag in log.Tags()["scalars"]:
@@ -293,15 +296,14 @@ def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
         fail("no runs given, must be study files, run folders or folders of run folders")
     studies = [path for path in args.runs if path.suffix == ".toml"]
     plans = [plan for path in studies for plan in read_study(path, args.runs_dir)]
-    files = sorted(args.results.glob("*/results.csv")) if studies else []
+    files = sorted(args.results.glob("*/results.csv")) if studies and args.results else []
     known = {run.name: run for path in files for run in read_results(path)}
     found, folders = {}, set()  # (method, name of the folder) -> run
     for plan in plans:
         run = known.get(plan.folder.name) or read_log(plan.folder)
-        named = dict(
-            method=plan.method, against=plan.against, benchmark=run.benchmark or plan.benchmark
-        )
-        found[plan.method, plan.folder.name] = replace(run, seed=plan.seed, **named)
+        run = replace(run, method=plan.method, against=plan.against, seed=plan.seed)
+        run.benchmark = run.benchmark or plan.benchmark
+        found[plan.method, plan.folder.name] = run
     for path in set(args.runs) - set(studies):
         marks = ("events.out.tfevents.*", "checkpoint.pt", "output.txt")
         own = {file.parent.resolve() for mark in marks for file in path.rglob(mark)}
@@ -331,10 +333,15 @@ def read_runs(args: Args) -> tuple[list[Run], list[Run]]:
         return len(run.benchmark), run.benchmark, architecture, order[run.method], run.seed
 
     runs.sort(key=place)
-    for a, b in itertools.pairwise(sorted(runs, key=lambda r: (r.method, r.benchmark, r.seed))):
-        if (a.method, a.benchmark, a.seed) == (b.method, b.benchmark, b.seed):
-            fail(f"{a.name} and {b.name}: both {a.method} on {a.benchmark} with seed {a.seed}")
+    refuse_equal(runs)
     return runs, left_out
+
+
+def refuse_equal(runs: list[Run]) -> None:
+    """End if two runs have the same method, benchmark and seed."""
+    for (method, benchmark, seed), own in group(runs, "method", "benchmark", "seed").items():
+        if len(own) > 1:
+            fail(f"{own[0].name} and {own[1].name}: both {method} on {benchmark} with seed {seed}")
 
 
 def choose_timestep(runs: list[Run], timestep: int | None) -> None:
@@ -606,6 +613,9 @@ def plasticity_differences(runs: list[Run]) -> str:
         for name in metrics:
             sides = [np.array([run.metric(name) for run in side]) for side in pair]
             difference = sides[0] - sides[1]
+            if not np.isfinite(difference).all():  # of MT-SAC alone, or not measured by then
+                cells.append("-")
+                continue
             scale, decimals = (100, 2) if name.endswith("dormant_ratio") else (1, 0)
             n, mean = len(difference), scale * difference.mean()
             half = scale * t.ppf(0.975, n - 1) * difference.std(ddof=1) / math.sqrt(n)
@@ -725,7 +735,7 @@ def plot_learning_curves(runs: list[Run], path: Path) -> None:
 def plot_plasticity(runs: list[Run], path: Path) -> None:
     """Means of the plasticity metrics over training, a row per architecture and benchmark."""
     rows, shown = group(runs, "architecture", "benchmark"), measured(runs)
-    shown.pop("critic_effective_rank", None)
+    shown.pop("critic_effective_rank", None)  # no more fit the page
     figure, axes = subplots(len(rows), len(shown), 1.7, sharey=False)
     for (title, own), row in zip(rows.items(), axes, strict=True):
         for panel, metric in zip(row, shown, strict=True):
@@ -795,7 +805,6 @@ def report(args: Args) -> None:
     """Write the whole report."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
     matplotlib.use("Agg")
-    plt.rcParams.update({"font.size": FONT_SIZE, "axes.titlesize": "medium"})
     runs, left_out = read_runs(args)
     if args.against not in {"", *(run.method for run in runs)}:
         fail(f"--against {args.against}: must be a method of the runs")

@@ -94,9 +94,9 @@ def time_train(script: str, flags: dict) -> None:
     module.Run.end_iteration = timed("log", module.Run.end_iteration)
     module.train(module.Args(**flags))
 
-    [(_, metrics, evaluation)] = [span for span in spans if span[0] == "metrics"]
+    [(_, metrics_start, metrics_end)] = [span for span in spans if span[0] == "metrics"]
     logs = [span for span in spans if span[0] == "log"]  # each at the end of an iteration
-    ends = [start for _, start, _ in logs[1:-1]] + [metrics]
+    ends = [start for _, start, _ in logs[1:-1]] + [metrics_start]
     iterations = []
     for (_, _, start), end in zip(logs[:-1], ends, strict=True):
         seconds = dict(environments=0.0, update=0.0, sum=end - start)
@@ -106,7 +106,7 @@ def time_train(script: str, flags: dict) -> None:
         seconds["rest"] = seconds["sum"] - seconds["environments"] - seconds["update"]
         iterations.append(seconds)
     medians = {phase: statistics.median(s[phase] for s in iterations) for phase in iterations[0]}
-    medians |= dict(metrics=evaluation - metrics, evaluation=logs[-1][1] - evaluation)
+    medians |= dict(metrics=metrics_end - metrics_start, evaluation=logs[-1][1] - metrics_end)
     print(json.dumps(medians))
 
 
@@ -150,5 +150,4 @@ def speed(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     speed(tyro.cli(Args))

@@ -6,9 +6,8 @@ of the head that has an unmasked connection to an output: a hidden neuron withou
 nothing. Weights, biases and normalisation between layers (LayerNorm, Gram-Schmidt) are left aside.
 
 Overlap of two heads: Jaccard, the share of the features that either reads that both read. Alone:
-the share of the features that a head reads that no other head reads. Preference: Spearman's
-correlation, over the features that the observation reaches, of the connections that two heads have
-to each; it tells heads apart that read nearly all features.
+the share of the features that a head reads that no other head reads. Heads that read
+nearly all features can hardly differ by either.
 
 Chance: each head reads as many features as it does, drawn without replacement and apart from the
 other heads out of the features that the observation reaches. What a dead channel rules out for
@@ -34,10 +33,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from report import FONT_SIZE, call_by_arguments, group, paper_method, spearman, table
-from sweep import fail
+from report import FONT_SIZE, call_by_arguments, group, paper_method, table
+from sweep import ROOT, fail
 
-ROOT = Path(__file__).resolve().parent.parent
 DRAWS = 10_000
 TEXT = """# Subnetworks
 
@@ -45,9 +43,7 @@ What the tasks' heads read of the trunk's features; benchmark/subnetworks.py say
 Overlap of two heads: of the features that either reads, the share that both read. Alone: of the
 features that a head reads, the share that no other head reads. In brackets: chance, if each head
 drew as many features at random. *: the mean over the seeds is outside the 95 % range of chance, as
-one in twenty is by chance. Heads that read nearly all features can hardly differ: there, look at
-the preference, Spearman's correlation of two heads' numbers of connections to each feature (nan:
-a head has none).
+one in twenty is by chance. Heads that read nearly all features can hardly differ.
 """
 EXPERTS = """
 Experts: their shares in the absolute weights that the task encoder gives a task. Means over the
@@ -75,7 +71,6 @@ class Network:
     connected: np.ndarray  # (task,) features with any unmasked connection to the head
     hidden: np.ndarray  # (task,) its hidden neurons with an unmasked connection to an output
     reached: int  # features that the observation reaches
-    connections: np.ndarray  # (task, D) of each feature to the head's hidden neurons with an output
     shares: np.ndarray | None = None  # (task, k) of the experts' absolute weights, they add up to 1
 
 
@@ -116,9 +111,9 @@ def read_network(layers: dict[str, np.ndarray]) -> Network:
     """Masks by layer, and the task encoder's weights (k, task) where there are experts."""
     mask, useful = layers["head_hidden"], layers["head_output"].any(1)  # (task, H, D), (task, H)
     reached = reached_features(layers)
-    connections = (mask & useful[:, :, None]).sum(1) * reached
+    reads = (mask & useful[:, :, None]).any(1) & reached
     counts = mask.any(1).sum(1), useful.sum(1), int(reached.sum())
-    network = Network(connections > 0, *counts, connections)
+    network = Network(reads, *counts)
     if "task_encoder" in layers:
         weights = np.abs(layers["task_encoder"].T)
         network.shares = weights / weights.sum(1, keepdims=True)
@@ -153,6 +148,8 @@ def read_run(folder: Path) -> Run | str:
         return f"incomplete: at timestep {state['timestep']} of {args['total_timesteps']}"
     networks = {name: read_network(own) for name, own in layers.items()}
     script = importlib.import_module(state["script"])
+    if args.keys() != script.Args.__dataclass_fields__.keys():
+        return f"of another version of {state['script']}"
     ids = script.task_ids(script.Args(**args))
     tasks = tuple(name.removeprefix("MiniGrid-").removesuffix("-v0") for name in ids)
     if len(tasks) == 1:
@@ -213,13 +210,6 @@ def alone_by_chance(sizes: np.ndarray, task: int, pool: int, rng) -> np.ndarray:
     for size in np.delete(sizes, task):
         left = left - rng.hypergeometric(left, pool - left, size)
     return left / max(sizes[task], 1)
-
-
-def preference(network: Network) -> float:
-    """Spearman's correlation of two heads' connections to the features, the mean of all pairs."""
-    some = network.connections.any(0)  # a feature that no head reads is no agreement
-    pairs = itertools.combinations(network.connections[:, some], 2)
-    return float(np.mean([spearman(*pair) for pair in pairs]))
 
 
 class Comparison(NamedTuple):
@@ -287,11 +277,7 @@ def describe(runs: list[Run], name: str) -> str:
     marked = sum(own.mark == "*" for own in pairs.values())
     text += f"\n{marked} of {len(pairs)} pairs are outside the 95 % range of chance. "
     reached = ", ".join(str(n.reached) for n in networks)
-    text += f"The observation reaches {reached} of {networks[0].reads.shape[1]} features.\n"
-    ours = ", ".join(f"{preference(n):.3f}" for n in networks)
-    fewest = max(min(n.connections.any(0).sum() for n in networks) - 1, 1)
-    text += f"Preference of features, mean of the pairs, by seed: {ours} "
-    text += f"(chance: 0, in 95 % of draws within {1.96 / (len(pairs) * fewest) ** 0.5:.3f}).\n\n"
+    text += f"The observation reaches {reached} of {networks[0].reads.shape[1]} features.\n\n"
     rows = []
     for task, own in enumerate(compare_alone(networks)):
         counts = [(n.hidden[task], n.connected[task], n.reads[task].sum()) for n in networks]

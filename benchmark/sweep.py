@@ -52,7 +52,8 @@ class Args:
     num_threads: int = 1  # torch threads of a run
     gpus: int = 0  # GPUs of a run (0: it runs on the CPU; local runs share the first ones)
     runs_dir: Path = Path("runs/sweep")  # folder of the run folders (Slurm: one that all nodes see)
-    results: Path = RESULTS  # folder of folders with a results.csv, whose runs are complete
+    # folder of folders with a results.csv, whose runs are complete
+    results: Path | None = RESULTS
 
     # Slurm
     partition: str | None = None  # partition (default: the cluster's)
@@ -134,8 +135,8 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
                 given.append(f"{flag}={'+'.join(value)}")
                 words[name] += [f"--{flag}", *value]
             else:
-                switch = flag if value else f"no-{flag}"
-                given.append(switch if isinstance(value, bool) else f"{flag}={value}")
+                switch = {True: flag, False: f"no-{flag}"}
+                given.append(switch[value] if type(value) is bool else f"{flag}={value}")
                 words[name].append(f"--{given[-1]}")
         what = ",".join(given) or "default"
         if len(what) > 180:  # a file's name has its limits; output.txt begins with the flags
@@ -145,7 +146,7 @@ def read_study(path: Path, runs_dir: Path) -> list[Run]:
         check(slug not in slugs.values(), f"{name}: another method has the same script and flags")
         slugs[name] = slug
     for method in methods:
-        others = {"", *slugs} - {method["name"]}
+        others = [name for name in ("", *slugs) if name != method["name"]]
         right = method.setdefault("against", "") in others
         check(right, f"{method['name']}: against must be the name of another method")
 
@@ -185,10 +186,10 @@ def printed_score(folder: Path) -> str | None:
     return scores[-1] if re.search("^finished: ", text, re.M) else None
 
 
-def archived_runs(results: Path) -> set[str]:
+def archived_runs(results: Path | None) -> set[str]:
     """The names of the runs in results.csv files."""
     names = set()
-    for path in results.glob("*/results.csv"):
+    for path in results.glob("*/results.csv") if results else ():
         with open(path, newline="") as file:
             names |= {row["run"] for row in csv.DictReader(file)}
     return names
@@ -210,9 +211,8 @@ def execute(script: Path, flags: list[str], folder: Path, stopped=lambda: False)
                 time.sleep(0.2)
         if stopped() or printed_score(folder):
             return
-        words = [*flags, "--run-dir", str(folder)]
-        if (folder / "checkpoint.pt").exists():
-            words = ["--resume", str(folder)]
+        how = "--resume" if (folder / "checkpoint.pt").exists() else "--run-dir"
+        words = [*flags, how, str(folder)]
         print("$", shlex.join([script.name, *words]), file=output, flush=True)
         process = subprocess.Popen(
             [sys.executable, str(script), *words],
@@ -265,14 +265,15 @@ def error_lines(text: str) -> str:
 
 def report_ended(run: Run, job, seconds: float) -> bool:
     """Print how a run ended, with its error if it is not complete; whether it is."""
-    what = f"finished, final score {score}" if (score := printed_score(run.folder)) else None
-    if not what:
+    score = printed_score(run.folder)
+    what = f"finished, final score {score}"
+    if score is None:
         log = run.folder / "output.txt"
         text = log.read_text(errors="replace") if log.exists() else str(job.exception())
         what = f"NOT COMPLETE\n{error_lines(text)}"
     tqdm.write(f"{run.folder.name} ({seconds:.0f} s): {what}", file=sys.stdout)
     sys.stdout.flush()
-    return bool(score)
+    return score is not None
 
 
 def sweep(args: Args) -> None:
@@ -299,15 +300,17 @@ def sweep(args: Args) -> None:
     logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns of a missing sacct each time
     if not slurm:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(args.gpus)))
-    stop, room = threading.Event(), MAX_ARRAY if slurm else args.jobs
+    stop, room, pause = threading.Event(), args.jobs, 0.2  # seconds
+    if slurm:
+        room, pause = MAX_ARRAY, 10
     running = []  # runs, each with its job and when it was submitted
     bar = tqdm(total=len(runs), initial=complete, unit="run", disable=None, smoothing=0)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
         signal.signal(number, signal.default_int_handler)
     try:
         while todo or running:
-            batch = todo[: 0 if slurm and running else room - len(running)]
-            todo = todo[len(batch) :]
+            free = room - len(running) if not (slurm and running) else 0  # one array at a time
+            batch, todo = todo[:free], todo[free:]
             columns = [
                 (r.script, [*r.flags, "--num-threads", str(args.num_threads)], r.folder)
                 for r in batch
@@ -327,7 +330,7 @@ def sweep(args: Args) -> None:
                     bar.update()
             running = [entry for entry in running if entry[1] not in done]
             bar.refresh()
-            time.sleep(10 if slurm else 0.2)
+            time.sleep(pause)
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -337,7 +340,7 @@ def sweep(args: Args) -> None:
         for job in jobs if slurm else []:
             job.cancel()
         while len(ended_jobs(jobs)) < len(jobs):
-            time.sleep(0.2)
+            time.sleep(pause)
         print("stopped; the same command goes on from the last checkpoints")
         raise SystemExit(130) from None
     bar.close()

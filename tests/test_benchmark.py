@@ -165,9 +165,8 @@ def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None
     defaults = dict(benchmark="MT3", total_timesteps=400 * unit, num_steps=min(100 * unit, 2000))
     args = mtppo_gmp.Args(**defaults | flags)
     with SummaryWriter(str(folder), purge_step=purge) as writer:
-        if not purge:
-            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-            writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
+        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        writer.add_text("args", "|argument|value|\n|-|-|\n" + rows)
         for step in range(purge or 100 * unit, until * unit + 1, 100 * unit):
             writer.add_scalar("sparsity/actor", args.sparsity, step)
             if step == 100 * unit:  # no update of masks follows the last update
@@ -185,7 +184,7 @@ def write_log(folder, scores=(0.5, 0.6, 0.7), until=400, purge=None, nan_at=None
     return folder
 
 
-def write_report(out, *runs, results=Path("none"), pictures=False, **changes):
+def write_report(out, *runs, results=None, pictures=False, **changes):
     """Its text. Pictures, which take most of the time, are saved only if asked for."""
     with nullcontext() if pictures else mock.patch.object(Figure, "savefig"):
         report.report(report.Args(runs=runs, out=out, results=results, **changes))
@@ -379,6 +378,21 @@ def test_runs_with_nan_or_without_their_end_are_named_and_left_out(tmp_path):
     rows = csv.DictReader((tmp_path / "again" / "results.csv").open())
     resumed = [row["normalized_return/LavaGapS7"] for row in rows if row["run"] == "half"]
     assert resumed == ["0.45", "0.9"]  # not what the first process logged from 200 on
+    time.sleep(1.1)
+    write_log(tmp_path / "half", seed=3, purge=400, total_timesteps=800)
+    longer = write_report(tmp_path / "longer", tmp_path)
+    assert "- half: incomplete: evaluated until timestep 400 of 800" in longer
+
+
+def test_a_metric_that_was_not_measured_is_not_compared():
+    runs = []
+    for method, error in (("dense", 1.0), ("GMP", float("nan"))):
+        metrics = {name: np.array([1.0]) for name in report.METRICS}
+        metrics["critic_error"] = np.array([error])
+        run = report.Run("", method=method, benchmark="MT10", timesteps=[1], metrics=metrics, at=1)
+        runs += [replace(run, seed=seed) for seed in (1, 2)]
+    row = rows_of(report.plasticity_differences(runs))["MT10", "GMP", 1]
+    assert row[-2:] == ["0 (0, 0), p 1.000", "-"]
 
 
 @pytest.fixture
@@ -501,7 +515,7 @@ def test_methods_of_one_name_are_called_by_what_differs(tmp_path):
 
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
     def error(*runs, **changes):
-        args = report.Args(runs, tmp_path / "out", results=tmp_path / "none", **changes)
+        args = report.Args(runs, tmp_path / "out", results=None, **changes)
         return one_line_of_error(capsys, report.report, args)
 
     assert "no runs given" in error()
@@ -567,7 +581,7 @@ def test_solved_and_lost_tasks_traces_and_grown_weights_by_hand():
     assert ("MT1", "SET", 1) not in rows_of(analyses.grown_kept(runs))
 
 
-def test_the_picture_of_learning_rates_shows_each_methods_means(tmp_path, figures):
+def test_the_picture_of_learning_rates_shows_each_methods_means(tmp_path, figures, capsys):
     values, runs = np.array([0.1, 0.2, 0.4, 0.9]), []  # of four seeds: IQM 0.3, mean 0.4
     for row, rate in itertools.product(("MTPPO dense", "MTPPO SET", "MoE dense"), (1, 2)):
         for value in rate * values:
@@ -586,6 +600,9 @@ def test_the_picture_of_learning_rates_shows_each_methods_means(tmp_path, figure
     [(_, low), (_, high)] = panels[1].collections[1].get_segments()[0]
     expected = scipy.stats.t.interval(0.95, 3, 0.4, scipy.stats.sem(values))
     assert (low, high) == pytest.approx(expected)
+    runs[0].benchmark = "MT3"
+    refused = one_line_of_error(capsys, analyses.plot_learning_rates, runs, tmp_path / "no.png")
+    assert "must be given runs of one benchmark" in refused
 
 
 @pytest.mark.parametrize("script", [mtppo_gmp, moe_sparse], ids=lambda s: s.__name__)
@@ -609,8 +626,11 @@ def test_neurons_are_counted_as_a_run_measures_them(script, tmp_path, capsys):
         assert {layer: count[2] for layer, count in counts.items()} == sizes and dormant > 0
     assert heads == [1, 2, 3] and counts["conv2"][1] < counts["conv2"][2]
     assert counts["head_hidden"][1] <= 2 * 128
-    analyses.analyses(analyses.Args((tmp_path,)))
+    analyses.analyses(analyses.Args((tmp_path, tmp_path / "a")))
     assert "GMP | 1 | actor |" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    refused = one_line_of_error(capsys, analyses.analyses, analyses.Args((tmp_path,)))
+    assert "on MT3 with seed 1" in refused
 
 
 # Studies
@@ -756,7 +776,7 @@ def start_sweep(study, *flags):
     """A sweep to runs/ beside the study."""
     words = [ROOT / "benchmark" / "sweep.py", study, "--runs-dir", study.parent / "runs"]
     return subprocess.Popen(
-        [sys.executable, *words, "--results", "none", *flags],
+        [sys.executable, *words, "--results", "None", *flags],
         **dict(cwd=study.parent, start_new_session=True, text=True),
         **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT),
     )
