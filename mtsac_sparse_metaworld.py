@@ -82,7 +82,7 @@ class Args:
     prune_frequency: int = 5000  # timesteps between mask updates
     prune_scope: Literal["layer", "global"] = "layer"  # rank within a layer or network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
-    set_frequency: int = 2000  # timesteps between SET updates, at most one an episode
+    set_frequency: int = 2000  # timesteps between SET updates
     set_epsilon: float | None = None  # density epsilon (1/in + 1/out), not --sparsity
     set_regrow: Literal["random", "gradient"] = "random"  # gradient: by RigL's rule
     set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at

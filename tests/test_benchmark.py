@@ -14,13 +14,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
+import analyses
 import numpy as np
 import pytest
+import report
 import scipy.stats
 import submitit
+import sweep
 import torch
 from matplotlib.figure import Figure
-from test_runs import scalars
+from test_runs import scalars, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 import moe_sparse
@@ -30,12 +33,6 @@ import mtppo_set
 import mtsac_sparse_metaworld
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmark"))
-
-import analyses  # noqa: E402
-import report  # noqa: E402
-import sweep  # noqa: E402
-
 STUDIES = sorted((ROOT / "benchmark" / "studies").glob("*.toml"))
 MT3 = ("LavaGapS7", "RedBlueDoors-6x6", "MemoryS11")
 
@@ -820,26 +817,24 @@ def test_a_failing_method_stops_no_other_and_studies_share_runs(tmp_path, whole_
     assert "- bad on MT3, seed 1: incomplete" in text
 
 
-def wait_for_checkpoint(study, timestep):
+def wait_for_checkpoint(study, timestep, process):
     """The folder of the only run once it has saved this timestep."""
-    while True:
-        found = list(study.parent.glob("runs/MT3__*/checkpoint.pt"))
-        if found and torch.load(found[0])["timestep"] >= timestep:
-            return found[0].parent
-        time.sleep(0.1)
+    [run] = sweep.read_study(study, study.parent / "runs")
+    wait_for(run.folder, timestep, process)
+    return run.folder
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_files(tmp_path, whole_run):
     study = study_file(tmp_path, GOOD)
     with start_sweep(study) as process:
-        folder = wait_for_checkpoint(study, 100)
+        folder = wait_for_checkpoint(study, 100, process)
         process.terminate()
         output = process.communicate()[0]
     assert process.returncode == 130 and "the same command goes on" in output
     assert "Traceback" not in output
     assert torch.load(folder / "checkpoint.pt")["timestep"] < TINY["total_timesteps"]
     with start_sweep(study) as process:
-        wait_for_checkpoint(study, 200)
+        wait_for_checkpoint(study, 200, process)
         process.kill()  # the sweep alone: its run goes on, and the next sweep waits for it
     code, output = run_sweep(study)
     assert code == 0 and "1 to run" in output and "finished, final score" in output
@@ -851,7 +846,7 @@ def test_a_sweep_that_waits_for_another_one_stops_and_starts_nothing(tmp_path):
     study = study_file(tmp_path, LONG)
     sweeps = [start_sweep(study), start_sweep(study)]
     try:
-        folder = wait_for_checkpoint(study, 50)
+        folder = wait_for_checkpoint(study, 50, sweeps[0])
         time.sleep(2)  # the job of either sweep is there, and one waits
         for process in sweeps:
             process.send_signal(signal.SIGINT)

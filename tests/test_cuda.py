@@ -6,18 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from test_runs import checkpoint, flags_of, scalars
+from test_runs import checkpoint, flags_of, on_every_script, scalars
 
-import moe_sparse
-import moore_sparse
-import mtppo_gmp
-import mtppo_set
 import mtsac_sparse_metaworld
 
 pytestmark = pytest.mark.cuda
-MINIGRID = pytest.mark.parametrize(
-    "script", [mtppo_gmp, mtppo_set, moe_sparse, moore_sparse], ids=lambda s: s.__name__
-)
 adam = partial(torch.optim.Adam, fused=True)
 
 
@@ -32,7 +25,7 @@ def no_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@MINIGRID
+@on_every_script
 def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
     """With every method; the first iteration's losses, before rounding spreads. SET's first masks
     are drawn on the device, whose draws are others: here the CPU's. The agent is read on the CPU.
@@ -53,7 +46,7 @@ def test_a_whole_run_is_like_that_on_the_cpu(script, tmp_path, monkeypatch):
     assert all(p.device.type == "cpu" for p in actor.parameters())
 
 
-@MINIGRID
+@on_every_script
 def test_updates_do_not_wait_for_the_device(script):
     sizes = dict(minibatch_size=20, critic_minibatch_size=20)
     args = script.Args(update_epochs=1, critic_epochs=1, **sizes)

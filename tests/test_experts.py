@@ -83,6 +83,11 @@ def test_network_is_a_loop_over_plain_experts(counts, mix, layer_norm):
             assert [g.abs().max() > 0 for g in by_task] == [count > 0 for count in counts]
 
 
+@both_scripts
+def test_benchmarks_have_the_papers_numbers_of_experts(script):
+    assert script.NUM_EXPERTS == {"MT3": 2, "MT5": 3, "MT7": 4}
+
+
 # Gram-Schmidt
 
 

@@ -2,13 +2,13 @@
 
 import copy
 import math
-import time
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers import RecordEpisodeStatistics
+from test_runs import on_every_script
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,9 +23,6 @@ from mtppo_gmp import TRAINING, Args, MultiHeadNetwork, Rollout
 from plasticity_metrics import ObservationBuffer, alive_neurons, measure_sparsity
 
 OBS_SHAPE = (7, 7, 3)
-SCRIPTS = pytest.mark.parametrize(
-    "script", [mtppo_gmp, mtppo_set, moe_sparse, moore_sparse], ids=lambda s: s.__name__
-)
 
 
 def make_network(num_tasks=3, num_outputs=7, layer_norm=False):
@@ -235,7 +232,7 @@ class Repeating(gym.Env):
         return np.full(OBS_SHAPE, self.place, np.uint8), 0.0, action == 6, False, {}
 
 
-@SCRIPTS
+@on_every_script
 def test_actions_are_draws_from_the_policy(script):
     """Also after a mask update inside the rollout, which the policy must follow at once."""
     actor, num_steps = network_of(script, num_tasks=2), 20_000
@@ -266,7 +263,7 @@ def test_actions_are_draws_from_the_policy(script):
             torch.testing.assert_close(share, expected.exp(), atol=5 / len(actions) ** 0.5, rtol=0)
 
 
-@SCRIPTS
+@on_every_script
 def test_a_rollout_holds_what_happened(script):
     """Its views, rewards and ends against the environments played again with its actions."""
     ids = ["MiniGrid-LavaGapS5-v0", "MiniGrid-Empty-5x5-v0"]
@@ -368,7 +365,7 @@ def test_pruned_weights_stay_zero_and_never_come_back(scope):
     (rollout, _), advantages = random_rollout(), torch.randn(3, 40)
     args = Args(update_epochs=1, minibatch_size=20, ent_coef=1.0)
     old = {}
-    for sparsity in (0.3, 0.3, 0.31, 0.6, 0.95):
+    for sparsity in (0.3, 0.3, 0.31, 0.6, 0.95, 0.5):
         script.prune(network, sparsity, scope)
         masks = copy.deepcopy(network.masks)
         script.update_actor(network, optimizer, rollout, advantages, args)
@@ -376,15 +373,6 @@ def test_pruned_weights_stay_zero_and_never_come_back(scope):
             assert (network.get_submodule(name).weight[mask == 0] == 0).all()
             assert (mask <= old.get(name, 1.0)).all()
         old = masks
-
-
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_lower_sparsity_opens_no_mask_again(scope):
-    network = make_network()
-    script.prune(network, 0.9, scope)
-    masks = copy.deepcopy(network.masks)
-    script.prune(network, 0.5, scope)
-    assert all(torch.equal(network.masks[name], mask) for name, mask in masks.items())
 
 
 def test_a_scope_that_it_does_not_know_is_refused():
@@ -457,19 +445,12 @@ def test_reset_draws_the_output_layer_anew_and_drops_its_moments():
         old = before.get_parameter(name)
         if name.startswith("head_output"):
             assert new not in optimizer.state
-            assert (new.abs() <= 128**-0.5).all()
+            assert (new.abs() <= 128**-0.5).all() and new.abs().max() > 0.8 * 128**-0.5
             kept = network.masks["head_output"] == 1 if name.endswith("weight") else ...
             assert (new[kept] != old[kept]).all()
         else:
             assert torch.equal(new, old) and optimizer.state[new]["exp_avg"].any()
     assert (network.head_output.weight[network.masks["head_output"] == 0] == 0).all()
-
-
-def test_pcgrad_of_two_conflicting_gradients():
-    a, b = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])  # a . b = -1
-    projected = script.project_conflicts(torch.stack([a, b]))
-    # a - (a.b / b.b) b = (1, 0) + 1/2 (-1, 1), b - (a.b / a.a) a = (-1, 1) + (1, 0)
-    torch.testing.assert_close(projected, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
 
 
 def test_pcgrad_leaves_agreeing_gradients_and_a_single_one_alone():
@@ -560,7 +541,7 @@ def test_minibatches_hold_every_step_of_every_task_once(num_views):
             assert len(own.unique(dim=0)) == len(own) == len(place[task].unique())
 
 
-@SCRIPTS
+@on_every_script
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("num_views", [5, None])
@@ -601,6 +582,25 @@ def test_updates_follow_the_plain_gradient(script, layer_norm, masked, num_views
             assert not torch.equal(new, old)
 
 
+def test_each_minibatch_has_a_gradient_of_its_own():
+    """With a learning rate of 0 that of the last one is left."""
+    rollout, obs = random_rollout()
+    network, plain = make_network(), make_network()
+    advantages = torch.randn(3, 40)
+    np.random.seed(0)
+    *_, (steps, *_) = script.minibatches(rollout, 20)
+    batch = torch.arange(3)[:, None], steps
+    samples = rollout.action[batch], rollout.log_prob[batch], advantages[batch]
+    losses, _ = script.actor_losses(apply(plain, obs[batch]), *samples, 0.2, 0.01)
+    losses.mean().backward()
+    np.random.seed(0)
+    optimizer = torch.optim.SGD(network.parameters(), 0.0)
+    args = Args(update_epochs=1, minibatch_size=20)
+    script.update_actor(network, optimizer, rollout, advantages, args)
+    for new, old in zip(network.parameters(), plain.parameters(), strict=True):
+        assert (new.grad - old.grad).abs().max() <= 1e-5 * old.grad.abs().max()
+
+
 def test_pcgrad_with_repeated_views_is_that_of_all_samples():
     rollout, obs = random_rollout(num_views=5)
     network, plain = make_network(num_outputs=1), make_network(num_outputs=1)
@@ -612,39 +612,6 @@ def test_pcgrad_with_repeated_views_is_that_of_all_samples():
     script.update_critic(network, optimizer, rollout, targets, Args(), script.pcgrad_backward)
     for new, old in zip(network.parameters(), plain.parameters(), strict=True):
         assert (new.grad - old.grad).abs().max() <= 1e-5 * old.grad.abs().max()
-
-
-@SCRIPTS
-def test_views_that_never_repeat_cost_no_more_than_a_tenth_more_time(script):
-    """Default minibatches of a rollout of distinct views, against the same steps on all samples."""
-    rollout, obs = random_rollout(num_steps=512)
-    network, args = network_of(script), script.Args(update_epochs=1)
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    advantages = torch.randn(3, 512)
-
-    def plain():
-        for steps in torch.rand(3, 512).argsort(1).split(256, dim=1):
-            batch = torch.arange(3)[:, None], steps
-            samples = rollout.action[batch], rollout.log_prob[batch], advantages[batch]
-            losses, _ = script.actor_losses(apply(network, obs[batch]), *samples, 0.2, 0.01)
-            optimizer.zero_grad()
-            losses.mean().backward()
-            optimizer.step()
-
-    def ours():
-        script.update_actor(network, optimizer, rollout, advantages, args)
-
-    fastest, ratio = {plain: math.inf, ours: math.inf}, math.inf
-    for attempt in range(30):
-        for work in fastest:
-            start = time.perf_counter()
-            work()
-            fastest[work] = min(fastest[work], time.perf_counter() - start)
-        ratio = fastest[ours] / fastest[plain]
-        if attempt >= 4 and ratio < 1.1:
-            break
-    print(f"{script.__name__}: distinct views take {ratio:.2f} of the time of all samples")
-    assert ratio < 1.1
 
 
 # Plasticity of the networks
@@ -728,23 +695,14 @@ def hygiene(script):
         buffer.sample(4)
 
 
-@SCRIPTS
+@on_every_script
 def test_the_hot_loop_stays_on_its_device(script):
     hygiene(script)
 
 
-@pytest.mark.parametrize(
-    "name, planted, message",
-    [
-        ("keep_largest", lambda scores, _: torch.ones(scores.shape, device="cpu"), "cpu"),
-        ("gae", lambda rollout, values, *_: values + torch.zeros(3, 40), "cpu"),
-        ("gae", lambda rollout, values, *_: values * values.sum().item(), "item"),
-        ("to_device", lambda x, device: torch.from_numpy(x).to(device), "cpu"),  # it waits
-    ],
-)
-def test_a_planted_cpu_tensor_or_wait_is_caught(name, planted, message, monkeypatch):
-    monkeypatch.setattr(script, name, planted)
-    with pytest.raises((AssertionError, RuntimeError), match=message):
+def test_a_copy_that_waits_is_caught(monkeypatch):
+    monkeypatch.setattr(script, "to_device", lambda x, device: torch.from_numpy(x).to(device))
+    with pytest.raises(AssertionError, match="cpu"):
         hygiene(script)
 
 
@@ -762,7 +720,7 @@ class ExplicitDevice(TorchFunctionMode):
         return result
 
 
-@SCRIPTS
+@on_every_script
 def test_metrics_and_rollouts_make_every_tensor_on_the_models_device(script):
     actor, critic = network_of(script), network_of(script, num_outputs=1)
     buffer = ObservationBuffer(90, 3, np.zeros(OBS_SHAPE, np.uint8), "cpu")

@@ -219,6 +219,15 @@ def test_grown_weights_are_drawn_as_a_layer_is_at_first():
         assert drawn.abs().max() <= 1 and distance < 1.95 * n**-0.5
 
 
+def test_first_masks_do_not_look_at_the_weights():
+    network = make_network()
+    magnitudes = network.head_hidden.weight.detach().abs()
+    script.draw_masks(network, {"head_hidden": 0.05})
+    active = magnitudes[network.masks["head_hidden"] == 1]
+    error = magnitudes.std().item() / len(active) ** 0.5
+    assert active.mean().item() == pytest.approx(magnitudes.mean().item(), abs=4 * error)
+
+
 def test_random_growth_is_uniform_over_the_inactive_places():
     network = nn.Module()
     network.layer = script.BatchedLinear(1, 20, 10)

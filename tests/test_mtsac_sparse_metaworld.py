@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from test_mtppo_gmp import OneDevice
 from test_runs import assert_same, checkpoint, command, scalars, start, wait_for, words
 from torch import nn
 from torch.distributions import Independent, Normal
 from torch.optim import SGD
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import mtsac_sparse_metaworld as script
 from mtsac_sparse_metaworld import Args, ReplayBuffer, Transitions
@@ -111,6 +110,10 @@ def test_log_std_is_clamped_and_log_prob_finite_far_out():
         actor.head.bias[:, 0] = torch.tensor([300.0, -300.0, 0.0, 50.0, -100.0, 100.0, 0.0, 0.0])
     mean, log_std = script.policy(actor, torch.randn(3, 2, 39))
     assert (log_std[..., 0] == -20).all() and (log_std[..., 1] == 2).all()
+    acted, drawn = (script.choose_actions(actor, np.zeros((n, 39)), n == 3) for n in (3, 900))
+    assert (acted[:, 0] == 1).all() and (acted[:, 1] == -1).all()
+    assert np.abs(drawn).max() <= 1  # uniform before the policy learns
+    assert drawn.std() == pytest.approx(3**-0.5, rel=0.03)
     actions, log_probs = script.draw_actions(mean, torch.full_like(mean, -20.0))
     log_probs.sum().backward()
     assert log_probs.isfinite().all() and actor.head.bias.grad.isfinite().all()
@@ -263,7 +266,8 @@ def test_masks_change_in_their_order_with_evaluations(sparsifier, stub_run, monk
 
     def record(name, function):
         def recorded(*args, **how):
-            events.append(name + {True: " drawn", False: " by mode"}.get(how.get("draw"), ""))
+            told = {True: " drawn", False: " by mode"}.get(how.get("draw"), "")
+            events.append((name, args[1]) if name == "prune" else name + told)
             return function(*args, **how)
 
         monkeypatch.setattr(script, name, recorded)
@@ -275,7 +279,8 @@ def test_masks_change_in_their_order_with_evaluations(sparsifier, stub_run, monk
     for timestep in range(3, 73, 3):
         expected += ["update"] * (timestep > 24)
         if sparsifier == "gmp" and timestep % 12 == 0:
-            expected += ["prune"] * 2
+            share = min((timestep / 72 - 0.05) / 0.75, 1)
+            expected += [("prune", pytest.approx(0.95 * (1 - (1 - share) ** 3)))] * 2
         if timestep % 24 == 0:
             expected += judges
         if sparsifier == "set" and timestep == 48:  # 24 is before learning, 72 after it
@@ -354,6 +359,7 @@ def stub_run(stubs, tmp_path, monkeypatch):
 
     def stub_run(name="run", **changes):
         seen, update = {"updates": 0}, script.update
+        seeds, seed_all = set(), script.seed_all
 
         def watch(networks, log_alpha, optimizers, batch, args):
             seen.update(networks=networks, batch=batch, updates=seen["updates"] + 1)
@@ -368,14 +374,18 @@ def stub_run(stubs, tmp_path, monkeypatch):
         args = Args(**flags | changes)
         with monkeypatch.context() as patch:
             patch.setattr(script, "update", watch)
+            patch.setattr(script, "seed_all", lambda *key: seeds.add(key[0]) or seed_all(*key))
             script.train(args)
+        assert seeds == {args.seed}  # all that is drawn follows from it
         return seen | {"state": checkpoint(folder), "logged": scalars(folder)}
 
     return stub_run
 
 
 @pytest.mark.parametrize("bootstrap", [True, False])
-def test_no_transition_crosses_a_reset(bootstrap, stub_run):
+def test_no_transition_crosses_a_reset(bootstrap, stub_run, monkeypatch):
+    learning, choose = [], script.choose_actions
+    monkeypatch.setattr(script, "choose_actions", lambda *x: learning.append(x[2]) or choose(*x))
     seen = stub_run(prune="none", bootstrap_at_truncation=bootstrap)
     held = Transitions(*seen["state"]["buffer"]["fields"])
     assert held.rewards.shape == (3, 24) and seen["batch"].rewards.shape == (3, 2)
@@ -390,9 +400,7 @@ def test_no_transition_crosses_a_reset(bootstrap, stub_run):
             no_value = step == 7 and (task == 0 or not bootstrap)
             assert held.bootstrap[task, i].item() == float(not no_value)
     assert len(set(goals)) > 4  # drawn anew for each episode
-    assert held.actions.abs().max() <= 1
-    random_part = held.actions[:, :8].flatten()  # before learning
-    assert random_part.std().item() == pytest.approx(3**-0.5, rel=0.15)
+    assert learning == [False] * 8 + [True] * 16
 
 
 def test_every_promised_tag_is_logged(stub_run):
@@ -579,6 +587,34 @@ def test_neither_a_stop_nor_evaluations_change_a_run(options, stub_run, tmp_path
     assert names == list(TASKS)
 
 
+def test_each_flag_changes_its_networks(stub_run):
+    """By a single update."""
+    once = dict(total_timesteps=24, learning_starts=21, prune="none")
+    networks, every = ["actor", "critic", "target"], ["actor", "critic", "target", "temperatures"]
+
+    def tensors(part):
+        return [x for x in part.values() if isinstance(x, torch.Tensor)]
+
+    plain = stub_run("plain", **once)["state"]
+    plain = {name: tensors(plain[name]) for name in every}
+    for flags, expected in (
+        (dict(actor_lr=0.1), ["actor"]),
+        (dict(critic_lr=0.1), networks),  # the actor's loss is by the new critics
+        (dict(alpha_lr=0.1), ["temperatures"]),
+        (dict(adam_eps=0.1), every),
+        (dict(weight_decay=0.1), networks),
+        (dict(max_grad_norm=1e-6), networks),
+        (dict(gamma=0.5), networks),
+        (dict(max_q=0.1), networks),
+        (dict(tau=0.5), ["target"]),
+        (dict(seed=2), every),
+        (dict(layer_norm=True), every),
+    ):
+        state = stub_run(str(flags), **once, **flags)["state"]
+        changed = [n for n in every if not all(map(torch.equal, tensors(state[n]), plain[n]))]
+        assert changed == expected, flags
+
+
 @pytest.mark.parametrize("learning_starts", [24, 25, 47])
 def test_a_run_tells_the_number_of_its_updates(learning_starts, stub_run, tmp_path, capsys):
     """Of the whole run, also when it goes on; a run without any is refused."""
@@ -645,30 +681,13 @@ def test_a_run_goes_on_however_it_is_stopped(whole_run, tmp_path):
 # Devices
 
 
-class OneDevice(TorchDispatchMode):
-    """A stand-in for CUDA: everything is on torch's meta device, and an operation that sees or
-    makes a CPU tensor fails. What would wait for the device (.item(), .cpu(), a bool index)
-    fails on the meta device by itself."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                raise AssertionError(f"{function}: a tensor on {tensor.device}")
-        return result
-
-
-def hot_loop(plant=None):
+def test_the_hot_loop_stays_on_its_device():
     """Replay, update, pruning, SET and the metrics' input."""
     networks, args = make_networks(device="meta"), Args(prune="both")
     log_alpha = torch.zeros(3, device="meta", requires_grad=True)
     optimizers = make_optimizers(networks, log_alpha)  # torch's fused Adam knows no meta
     buffer = ReplayBuffer(60, 3, "meta")
     buffer.added = 5
-    if plant == "field":
-        buffer.fields = buffer.fields._replace(rewards=torch.zeros(3, 20))
-    if plant == "mask":
-        networks["critic"].masks["hidden2"] = torch.ones(2, 400, 400)
     with OneDevice():
         script.update(networks, log_alpha, optimizers, buffer.sample(4), args)
         for progress in (0.4, 0.9):
@@ -680,10 +699,3 @@ def hot_loop(plant=None):
         script.update(networks, log_alpha, optimizers, buffer.sample(4), args)
         script.plasticity.alive_neurons(networks["critic"])
         script.soft_returns(buffer.fields.rewards, buffer.fields.bootstrap, log_alpha, 0.9)
-
-
-def test_the_hot_loop_stays_on_its_device():
-    hot_loop()
-    for plant in ("field", "mask"):
-        with pytest.raises((AssertionError, RuntimeError), match="cpu"):
-            hot_loop(plant)

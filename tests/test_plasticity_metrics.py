@@ -227,15 +227,6 @@ def test_fisher_trace_is_that_of_a_plain_loop(make):
     assert fisher_trace_on(model, obs, masks) == pytest.approx(plain, rel=1e-5)
 
 
-def test_fisher_trace_of_a_linear_softmax_policy():
-    # grad log pi(a|s) = (e_a - pi) x^T, so the trace is E (1 - |pi|^2) (|x|^2 + 1)
-    torch.manual_seed(0)
-    model, x = nn.Linear(6, 3), torch.randn(40, 6)
-    pi = model(x).softmax(-1)
-    expected = ((1 - pi.square().sum(1)) * (x.square().sum(1) + 1)).mean().item()
-    assert fisher_trace_on(model, x) == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_fisher_trace_of_other_floats(dtype):
     torch.manual_seed(0)

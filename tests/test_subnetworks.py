@@ -1,22 +1,17 @@
 """What the tasks' heads read: masks by hand, networks, chance, runs, what is refused."""
 
 import shutil
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
+import subnetworks
 import torch
 from test_benchmark import MT3, TINY, one_line_of_error
 
 import moe_sparse
 import mtppo_gmp
 import mtppo_set
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmark"))
-
-import subnetworks  # noqa: E402
 
 SHORT = TINY | dict(benchmark="MT3", total_timesteps=300, eval_frequency=300, prune_frequency=25)
 

@@ -5,43 +5,27 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import watch
 from PIL import Image, ImageSequence
 
-import moe_sparse
-import moore_sparse
 import mtppo_gmp
-import mtppo_set
 import mtsac_sparse_metaworld
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmark"))
-
-import watch  # noqa: E402
-
 # Short ones; an untrained agent comes to the goal of the first
 TASKS = tuple(f"MiniGrid-{name}-v0" for name in ("Empty-5x5", "LavaGapS5", "MultiRoom-N2-S4"))
-SCRIPTS = mtppo_gmp, mtppo_set, moe_sparse, moore_sparse
-on_every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """script -> the folder of a tiny run of it, made once."""
-
-    @cache
-    def make(script):
-        run_dir = tmp_path_factory.mktemp(script.__name__)
-        flags = dict(env_ids=TASKS, total_timesteps=100, num_steps=50, eval_episodes=1)
-        flags |= {"num_experts": 2} if hasattr(script.Args, "num_experts") else {}
-        script.train(script.Args(**flags, run_dir=str(run_dir)))
-        return run_dir
-
-    return make
+    """Its folder."""
+    run_dir = tmp_path_factory.mktemp("tiny")
+    flags = dict(env_ids=TASKS, total_timesteps=100, num_steps=50, eval_episodes=1)
+    return mtppo_gmp.train(mtppo_gmp.Args(**flags, run_dir=str(run_dir)))
 
 
 def films_of(script, run_dir, **flags):
@@ -58,10 +42,10 @@ def last_of_each_episode(shots):
     return last
 
 
-@on_every_script
-def test_returns_and_lengths_are_those_of_an_evaluation(script, tiny_run):
-    films = films_of(script, tiny_run(script), episodes=2, seed=5)
-    actor, _, tasks = script.load_agent(tiny_run(script))
+def test_returns_and_lengths_are_those_of_an_evaluation(tiny_run):
+    script = mtppo_gmp
+    films = films_of(script, tiny_run, episodes=2, seed=5)
+    actor, _, tasks = script.load_agent(tiny_run)
     envs = [[script.make_env(task) for _ in range(2)] for task in tasks]
     policy = script.PolicyTable(actor, envs[0][0].observation_space, 3, "cpu")
     script.evaluate(policy, envs, script.seed_all(5, script.EVALUATION, 0, 6))
@@ -98,15 +82,14 @@ def write(run_dir, out, **flags):
 
 
 def test_a_gif_of_all_tasks_the_same_for_a_seed(tiny_run, tmp_path, capsys):
-    run_dir = tiny_run(mtppo_gmp)
-    watch.watch(watch.Args(run_dir, episodes=1))
-    first = (run_dir / "agent.gif").read_bytes()
+    watch.watch(watch.Args(tiny_run, episodes=1))
+    first = (tiny_run / "agent.gif").read_bytes()
     shown = capsys.readouterr().out
-    assert re.fullmatch(rf"{run_dir}/agent.gif: \d+ frames, [\d,]+ bytes\n", shown)
-    assert write(run_dir, tmp_path / "again.gif", episodes=1) == first
-    assert write(run_dir, tmp_path / "other.gif", episodes=1, seed=2) != first
+    assert re.fullmatch(rf"{tiny_run}/agent.gif: \d+ frames, [\d,]+ bytes\n", shown)
+    assert write(tiny_run, tmp_path / "again.gif", episodes=1) == first
+    assert write(tiny_run, tmp_path / "other.gif", episodes=1, seed=2) != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gif", "other.gif"]
-    with Image.open(run_dir / "agent.gif") as gif:
+    with Image.open(tiny_run / "agent.gif") as gif:
         assert gif.size == (3 * watch.SIZE, watch.SIZE + watch.CAPTION)
         assert 1 < gif.n_frames <= watch.MAX_FRAMES and gif.info["loop"] == 0
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
