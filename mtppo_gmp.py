@@ -35,6 +35,7 @@ from filelock import FileLock
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import ImgObsWrapper
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -93,7 +94,7 @@ class Args:
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     run_dir: str | None = None  # the run's folder (none: a new one in runs/)
-    checkpoint_frequency: int = 10_000  # timesteps between checkpoints
+    checkpoint_frequency: int = 10_000  # timesteps between checkpoints (0: at the end)
     resume: str | None = None  # run to go on with; its flags are defaults
     num_threads: int = 1  # torch threads
 
@@ -153,9 +154,8 @@ class MultiHeadNetwork(nn.Module):
         conv2 = F.relu(self.normalise(self.conv2(conv1)))
         conv3 = F.tanh(self.normalise(self.conv3(conv2)))
         features = conv3.permute(0, 2, 3, 1).flatten(1)  # (N, D), place by place
-        longest = max(counts)
-        by_task = [F.pad(f, (0, 0, 0, longest - len(f))) for f in features.split(counts)]
-        hidden = self.head_hidden(torch.stack(by_task))  # (task, longest, 128)
+        by_task = pad_sequence(features.split(counts), batch_first=True)
+        hidden = self.head_hidden(by_task)  # (task, max(counts), 128)
         if self.layer_norm:
             hidden = F.layer_norm(hidden, hidden.shape[-1:])
         hidden = F.tanh(hidden)
@@ -604,7 +604,7 @@ def train(args: Args) -> Path:
 # ======== Support: tasks, seeds, evaluation, metrics, arguments, checkpoints, logs ========
 
 
-# Return of the shortest path, 1 - 0.9 * optimal steps / max steps, of each task of MT7
+# What MOORE's code divides a return by, 1 - 0.9 * steps / max steps, for each task of MT7
 BEST_RETURN = {
     "LavaGapS7": 1 - 0.9 * 8 / 196,
     "RedBlueDoors-6x6": 1 - 0.9 * 8 / 720,
@@ -757,7 +757,7 @@ def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script. Raises ValueError for any other folder."""
     path, script = Path(run_dir, "checkpoint.pt"), Path(__file__).stem
     state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": None}
-    if state["script"] != script or state["args"].keys() != Args.__dataclass_fields__.keys():
+    if state.get("script") != script or state["args"].keys() != Args.__dataclass_fields__.keys():
         raise ValueError(f"--resume {run_dir}: must be a run of this version of {script}")
     return state
 
@@ -786,7 +786,7 @@ class Run:
         self.timestep = state["timestep"]
         for name, part in parts.items() if args.resume else ():
             groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
-            part.load_state_dict(state[name] | groups)  # but learning rates
+            part.load_state_dict(state[name] | groups)  # but its flags
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()

@@ -98,7 +98,7 @@ class Args:
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     run_dir: str | None = None  # the run's folder (none: a new one in runs/)
-    checkpoint_frequency: int = 20_000  # timesteps between checkpoints
+    checkpoint_frequency: int = 20_000  # timesteps between checkpoints (0: at the end)
     resume: str | None = None  # run to go on with; its flags are defaults
     num_threads: int = torch.get_num_threads()  # torch threads
 
@@ -834,7 +834,7 @@ def load_checkpoint(run_dir: str) -> dict:
     """The checkpoint of a run of this script. Raises ValueError for any other folder."""
     path, script = Path(run_dir, "checkpoint.pt"), Path(__file__).stem
     state = torch.load(path, "cpu", weights_only=True) if path.is_file() else {"script": None}
-    if state["script"] != script or state["args"].keys() != Args.__dataclass_fields__.keys():
+    if state.get("script") != script or state["args"].keys() != Args.__dataclass_fields__.keys():
         raise ValueError(f"--resume {run_dir}: must be a run of this version of {script}")
     return state
 
@@ -863,7 +863,7 @@ class Run:
         self.timestep = state["timestep"]
         for name, part in parts.items() if args.resume else ():
             groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
-            part.load_state_dict(state[name] | groups)  # but learning rates
+            part.load_state_dict(state[name] | groups)  # but its flags
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()
