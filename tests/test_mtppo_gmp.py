@@ -117,6 +117,33 @@ def test_normalised_score_of_the_spec():
         assert env.observation_space.shape == OBS_SHAPE and env.action_space.n == 7
 
 
+def shortest_path(env):
+    """Steps from the start to the goal, by breadth-first search over places and directions."""
+    start = (*map(int, env.agent_pos), int(env.agent_dir))
+    steps, queue = {start: 0}, [start]
+    for x, y, direction in queue:  # which grows
+        dx, dy = [(1, 0), (0, 1), (-1, 0), (0, -1)][direction]
+        ahead, now = env.grid.get(x + dx, y + dy), steps[x, y, direction]
+        if ahead is not None and ahead.type == "goal":
+            return now + 1
+        reached = [(x, y, (direction + turn) % 4) for turn in (1, 3)]
+        for state in reached + [(x + dx, y + dy, direction)] * (ahead is None):
+            if state not in steps:
+                steps[state] = now + 1
+                queue.append(state)
+
+
+@pytest.mark.parametrize("task, mean", [("LavaGapS7", 0.989), ("DistShift1", 0.993)])
+def test_scores_of_shortest_paths_are_those_of_the_page(task, mean):
+    """benchmark/choices.md: below 1."""
+    env, scores = gym.make(f"MiniGrid-{task}-v0").unwrapped, []
+    for seed in range(200):
+        env.reset(seed=seed)
+        best = 1 - 0.9 * shortest_path(env) / env.max_steps
+        scores.append(best / script.BEST_RETURN[task])
+    assert np.mean(scores) == pytest.approx(mean, abs=5e-4)
+
+
 class CountdownEnv(gym.Env):
     """A stand-in for MiniGrid: episode e has 3 + e % 4 steps; even ones terminate, odd ones are
     truncated. The observation tells (task, episode, step)."""
