@@ -518,6 +518,7 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
 def train(args: Args) -> Path:
     """Train, evaluate and measure one run. Returns the folder of its log and checkpoint."""
     torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)  # slow, and what Adam's moments of idle weights decay to
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = [name.removesuffix("-v3") for name in task_ids(args)]
     num_tasks = len(tasks)
@@ -750,11 +751,11 @@ def soft_returns(rewards: Tensor, bonuses: Tensor, tail: Tensor, gamma: float) -
 
 @torch.no_grad()
 def critic_error(networks: dict, log_alpha: Tensor, drawn: Episodes, args: Args) -> float:
-    """Mean squared difference between the smaller Q and the soft return that followed, on every
-    CRITIC_ERROR_STRIDE-th state and action of episodes with drawn actions. The soft return adds,
-    for each later state, the temperature times minus the log-prob of its action, and with
-    --bootstrap-at-truncation the critics' soft value of the last observation. An exact critic's
-    is not zero, but the variance of the returns over the actions drawn."""
+    """Squared error of the smaller Q against the soft return that followed, over the squared return
+    (1: Q is zero), the mean over tasks, on every CRITIC_ERROR_STRIDE-th state and action of
+    episodes with drawn actions. The soft return adds, for each later state, the temperature times
+    minus the log-prob of its action, and with --bootstrap-at-truncation the critics' soft value of
+    the last observation. An exact critic's is not zero, as returns vary with the actions drawn."""
     actor = networks["actor"]
     critic = networks["critic"]
     alpha = log_alpha.exp()[:, None]  # (task, 1)
@@ -769,7 +770,8 @@ def critic_error(networks: dict, log_alpha: Tensor, drawn: Episodes, args: Args)
     actions = drawn.actions[:, :, chosen].flatten(1, 2)
     returns = returns[:, :, chosen].flatten(1, 2)
     values = q_values(critic, obs, actions).amin(0)  # (task, episode * step)
-    return (values - returns).square().mean().item()
+    errors = (values - returns).square().mean(1) / returns.square().mean(1)  # (task,)
+    return errors.mean().item()
 
 
 def squashed_fisher_trace(actor: nn.Module, obs: Tensor) -> float:
