@@ -616,7 +616,8 @@ def plasticity_differences(runs: list[Run]) -> str:
             if not np.isfinite(difference).all():  # of MT-SAC alone, or not measured by then
                 cells.append("-")
                 continue
-            scale, decimals = (100, 2) if name.endswith("dormant_ratio") else (1, 0)
+            scale = 100 if name.endswith("dormant_ratio") else 1
+            decimals = 2 if scale == 100 or name == "critic_error" else 0
             n, mean = len(difference), scale * difference.mean()
             half = scale * t.ppf(0.975, n - 1) * difference.std(ddof=1) / math.sqrt(n)
             shown = with_interval(mean, (mean - half, mean + half), decimals)
