@@ -751,11 +751,12 @@ def soft_returns(rewards: Tensor, bonuses: Tensor, tail: Tensor, gamma: float) -
 
 @torch.no_grad()
 def critic_error(networks: dict, log_alpha: Tensor, drawn: Episodes, args: Args) -> float:
-    """Squared error of the smaller Q against the soft return that followed, over the squared return
-    (1: Q is zero), the mean over tasks, on every CRITIC_ERROR_STRIDE-th state and action of
-    episodes with drawn actions. The soft return adds, for each later state, the temperature times
-    minus the log-prob of its action, and with --bootstrap-at-truncation the critics' soft value of
-    the last observation. An exact critic's is not zero, as returns vary with the actions drawn."""
+    """Normalized MSE of the smaller Q: its squared error against the soft return that followed over
+    the squared return (1: Q is zero), the mean over tasks, on every CRITIC_ERROR_STRIDE-th state
+    and action of episodes with drawn actions. The soft return adds, for each later state, the
+    temperature times minus the log-prob of its action, and with --bootstrap-at-truncation the
+    critics' soft value of the last observation, which makes the last steps' errors smaller. An
+    exact critic's is not zero, as returns vary with the actions drawn."""
     actor = networks["actor"]
     critic = networks["critic"]
     alpha = log_alpha.exp()[:, None]  # (task, 1)
