@@ -390,6 +390,10 @@ def test_a_metric_that_was_not_measured_is_not_compared():
         runs += [replace(run, seed=seed) for seed in (1, 2)]
     row = rows_of(report.plasticity_differences(runs))["MT10", "GMP", 1]
     assert row[-2:] == ["0 (0, 0), p 1.000", "-"]
+    for run in runs:
+        run.metrics["critic_error"] = np.array([0.25 if run.method == "GMP" else 0.1])
+    row = rows_of(report.plasticity_differences(runs))["MT10", "GMP", 1]
+    assert row[-1].startswith("0.15 (0.15, 0.15)")
 
 
 @pytest.fixture
