@@ -446,6 +446,9 @@ def test_curves_are_iqms_of_scores_and_means_of_metrics(tmp_path, figures):
     assert figures["scores"].axes[0].lines[0].get_ydata() == pytest.approx([0.3, 0.3])
     for panel in figures["metrics"].axes:
         assert panel.lines[0].get_ydata() == pytest.approx([0.4, 0.8])
+    runs[0].metrics["fisher_trace"] = np.full(2, float("nan"))  # not measured
+    report.plot_plasticity(runs, tmp_path / "metrics.png")
+    assert [len(panel.lines) for panel in figures["metrics"].axes] == [1, 1, 1, 0, 1]
 
 
 def test_methods_have_the_same_colour_in_every_report():
