@@ -701,11 +701,13 @@ def finish(figure, path: Path) -> None:
 def draw_curve(axes, runs: list[Run], values_of, statistic) -> None:
     """A statistic over runs, with its band, of values_of(run), one for each of its evaluations,
     where all of them have one."""
-    timesteps = sorted(set.intersection(*(set(run.timesteps) for run in runs)))
+    timesteps = np.array(sorted(set.intersection(*(set(run.timesteps) for run in runs))))
     series = [dict(zip(run.timesteps, values_of(run), strict=True)) for run in runs]
     values = np.array([[own[timestep] for own in series] for timestep in timesteps])
-    if not np.isfinite(values).all(1).any():
+    measured_in_all = np.isfinite(values).all(1)
+    if not measured_in_all.any():
         return
+    timesteps, values = timesteps[measured_in_all], values[measured_in_all]
     marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
     axes.plot(timesteps, statistic(values), **runs[0].style, **marks)
     limits = interval(statistic, values, resamples=BAND_RESAMPLES)
