@@ -113,9 +113,6 @@ class Args:
         needs_number = self.env_ids and self.num_experts == 0
         check("num_experts", lambda _: not needs_number, "at least 1 with --env-ids")
         check_tasks(self)
-        for network in make_networks(self, "meta").values():
-            if self.sparsifier == "gmp":  # raise now what it would raise later
-                prune(network, self.sparsity, self.prune_scope)
 
 
 # Networks

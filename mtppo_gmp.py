@@ -109,8 +109,6 @@ class Args:
         for name in ("redo_frequency", "reset_frequency"):
             check(name, lambda x: x == 0 or x >= self.num_steps, "0 or at least --num-steps")
         check_tasks(self)
-        for network in make_networks(self, "meta").values():
-            prune(network, self.sparsity, self.prune_scope)  # raises now what it would raise later
 
 
 # Networks

@@ -97,7 +97,6 @@ class Args:
         check("total_timesteps", lambda x: x >= self.num_steps, "at least --num-steps")
         check("set_frequency", lambda x: x == 0 or x >= self.num_steps, "0 or at least --num-steps")
         check_tasks(self)
-        make_networks(self, "meta")  # raises ValueError if a layer would have no weights
 
 
 # Networks

@@ -120,9 +120,6 @@ class Args:
         check("learning_starts", lambda x: x < last, f"below {last}, the last timestep")
         batch = num_tasks * self.batch_size
         check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
-        networks = make_networks(self, "meta")
-        for name in sparse_networks(self) if self.sparsifier == "gmp" else ():
-            prune(networks[name], self.sparsity, self.prune_scope)  # raises now, not hours later
 
 
 # Networks

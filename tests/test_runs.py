@@ -578,21 +578,6 @@ def test_bad_input_is_refused(script, name, value, message, monkeypatch):
     assert re.match(r"--[a-z-]+ ", str(refused.value))
 
 
-LAYER = dict(sparsity=0.999, prune_scope="layer")
-SPARSE = dict(set_epsilon=1e-4)
-EMPTYING = [(mtppo_gmp, LAYER), (mtppo_set, SPARSE), (moe_sparse, LAYER), (moore_sparse, LAYER)]
-EMPTYING += [(moe_sparse, SPARSE | {"sparsifier": "set"}), (SAC, dict(sparsity=0.9999))]
-
-
-@pytest.mark.parametrize("script, flags", EMPTYING, ids=str)
-def test_a_sparsity_that_empties_a_layer_is_refused_at_the_start(script, flags):
-    with pytest.raises(ValueError, match="^sparsity.*: leaves (0|none) of "):
-        script.Args(**flags)
-    idle = {"prune": "none"} if script is SAC else {"sparsifier": "none"}
-    if script in (SAC, moe_sparse, moore_sparse):
-        script.Args(**flags | idle)
-
-
 @on_all_five
 def test_numbers_below_zero_and_no_numbers_are_refused(script):
     numbers = [f.name for f in fields(script.Args) if re.search("int|float", str(f.type))]
@@ -609,7 +594,6 @@ def test_what_is_refused_makes_nothing(monkeypatch, tmp_path):
     torch.save({"script": "mtppo_set"}, tmp_path / "checkpoint.pt")
     for flags, message in {
         "--sparsity 1": "--sparsity 1.0: must be below 1",
-        "--sparsity 0.999 --prune-scope layer": "sparsity 0.999: leaves 0 of 192 weights",
         "--benchmark MT4": "invalid choice 'MT4'",
         "--run-dir .": "--run-dir .: must be a folder without a run, not beside --resume",
         "--resume nothing": "--resume nothing: must be a run of this version of mtppo_gmp",
