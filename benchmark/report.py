@@ -59,7 +59,7 @@ METRICS = {
     "actor_effective_rank": "effective rank, actor",
     "critic_effective_rank": "effective rank, critic",
     "fisher_trace": "Fisher trace, actor",
-    "critic_error": "normalized MSE of Q",  # of MT-SAC alone
+    "critic_error": "NMSE of Q",  # of MT-SAC alone
 }
 # Okabe and Ito's colours, which differ with any colour vision; markers for print in grey
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
