@@ -708,7 +708,8 @@ def draw_curve(axes, runs: list[Run], values_of, statistic) -> None:
     if not measured_in_all.any():
         return
     timesteps, values = timesteps[measured_in_all], values[measured_in_all]
-    marks = dict(markevery=0.2, markersize=3, linewidth=1.2)
+    every = 0.2 if len(timesteps) > 1 else 1
+    marks = dict(markevery=every, markersize=3, linewidth=1.2)
     axes.plot(timesteps, statistic(values), **runs[0].style, **marks)
     limits = interval(statistic, values, resamples=BAND_RESAMPLES)
     if limits is not None:
@@ -739,7 +740,8 @@ def plot_learning_curves(runs: list[Run], path: Path) -> None:
 
 
 def plot_plasticity(runs: list[Run], path: Path) -> None:
-    """Means of the plasticity metrics over training, a row per architecture and benchmark."""
+    """Means of the plasticity metrics over training, a row per architecture and benchmark;
+    a metric whose means differ more than a hundredfold on a log scale."""
     rows, shown = group(runs, "architecture", "benchmark"), measured(runs)
     shown.pop("critic_effective_rank", None)  # no more fit the page
     figure, axes = subplots(len(rows), len(shown), 1.7, sharey=False)
@@ -747,7 +749,12 @@ def plot_plasticity(runs: list[Run], path: Path) -> None:
         for panel, metric in zip(row, shown, strict=True):
             for method in group(own, "method").values():
                 draw_curve(panel, method, lambda run, m=metric: run.metrics[m], mean_over_runs)
-            panel.set(xlim=(0, None), ylim=(0, None))
+            panel.set_xlim(0)
+            heights = [y for line in panel.lines for y in line.get_ydata()]
+            if max(heights, default=0) > 100 * min(heights, default=0) > 0:
+                panel.set_yscale("log")
+            else:
+                panel.set_ylim(0)
             panel.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
             if metric.endswith("dormant_ratio"):
                 panel.yaxis.set_major_formatter(PERCENT)

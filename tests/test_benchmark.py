@@ -446,11 +446,18 @@ def test_curves_are_iqms_of_scores_and_means_of_metrics(tmp_path, figures):
     assert figures["scores"].axes[0].lines[0].get_ydata() == pytest.approx([0.3, 0.3])
     for panel in figures["metrics"].axes:
         assert panel.lines[0].get_ydata() == pytest.approx([0.4, 0.8])
+        assert (panel.get_yscale(), panel.get_ylim()[0]) == ("linear", 0)
     runs[0].metrics["fisher_trace"] = np.full(2, float("nan"))  # not measured
     runs[0].metrics["critic_error"] = np.array([float("nan"), 0.2])  # not at first
     report.plot_plasticity(runs, tmp_path / "metrics.png")
     assert [len(panel.lines) for panel in figures["metrics"].axes] == [1, 1, 1, 0, 1]
     assert figures["metrics"].axes[4].lines[0].get_xydata() == pytest.approx(np.array([[2, 0.8]]))
+    assert figures["metrics"].axes[4].lines[0].get_markevery() == 1  # a single point is seen
+    for run in runs:
+        run.metrics["fisher_trace"] = np.array([1.0, 101.0])  # more than a hundredfold
+    report.plot_plasticity(runs, tmp_path / "metrics.png")
+    scales = [panel.get_yscale() for panel in figures["metrics"].axes]
+    assert scales == ["linear"] * 3 + ["log", "linear"]
 
 
 def test_methods_have_the_same_colour_in_every_report():
