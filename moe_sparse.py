@@ -201,6 +201,24 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(scores).scatter_(1, kept, 1.0)
 
 
+def kept_counts(network: nn.Module, sparsity: float, scope: str) -> list[int]:
+    """How many weights prune keeps of each layer that a weight of network.layers stacks, or with
+    scope "global" of the network. Raises ValueError where none would be left."""
+    weights = [network.get_submodule(name).weight for name in network.layers]
+    stacks = network.layers.values()
+    if scope == "layer":
+        sizes = [w.numel() // stack for w, stack in zip(weights, stacks, strict=True)]
+    elif scope == "global":
+        sizes = [sum(w.numel() for w in weights)]
+    else:
+        raise ValueError(f"scope: layer or global, not {scope}")
+    least = 1 if scope == "layer" else sum(stacks)
+    for size in sizes:
+        if size - round(sparsity * size) < least:
+            raise ValueError(f"sparsity {sparsity}: leaves fewer than {least} of {size} weights")
+    return [size - round(sparsity * size) for size in sizes]
+
+
 @torch.no_grad()
 def prune(network: nn.Module, sparsity: float, scope: str):
     """Update the network's masks to the asked sparsity by magnitude, and apply them.
@@ -215,16 +233,10 @@ def prune(network: nn.Module, sparsity: float, scope: str):
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
     if scope == "layer":  # (layer, its weights)
         ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
-    elif scope == "global":  # (1, all weights)
+    else:  # (1, all weights)
         ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
-    else:
-        raise ValueError(f"scope: layer or global, not {scope}")
-    least = 1 if scope == "layer" else sum(network.layers.values())
     masks = []
-    for rows in ranked:
-        keep = rows.shape[1] - round(sparsity * rows.shape[1])
-        if keep < least:
-            raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
+    for rows, keep in zip(ranked, kept_counts(network, sparsity, scope), strict=True):
         masks.append((keep_largest(rows, keep) * (rows >= 0)).flatten())
     masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
     for (name, weight), mask in zip(weights.items(), masks, strict=True):
@@ -672,8 +684,11 @@ def make_networks(args: Args, device="cpu") -> dict:
     outputs = {"actor": int(env.action_space.n), "critic": 1}
     make = partial(MixtureOfExperts, env.observation_space.shape, num_tasks)
     networks = {name: make(size, args).to(device) for name, size in outputs.items()}
-    for network in networks.values() if args.sparsifier == "set" else ():
-        draw_masks(network, set_densities(network, args.sparsity, args.set_epsilon))
+    for network in networks.values():
+        if args.sparsifier == "set":
+            draw_masks(network, set_densities(network, args.sparsity, args.set_epsilon))
+        elif args.sparsifier == "gmp":
+            kept_counts(network, args.sparsity, args.prune_scope)  # refuses too high a sparsity
     return networks
 
 

@@ -227,6 +227,24 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(scores).scatter_(1, kept, 1.0)
 
 
+def kept_counts(network: nn.Module, sparsity: float, scope: str) -> list[int]:
+    """How many weights prune keeps of each layer that a weight of network.layers stacks, or with
+    scope "global" of the network. Raises ValueError where none would be left."""
+    weights = [network.get_submodule(name).weight for name in network.layers]
+    stacks = network.layers.values()
+    if scope == "layer":
+        sizes = [w.numel() // stack for w, stack in zip(weights, stacks, strict=True)]
+    elif scope == "global":
+        sizes = [sum(w.numel() for w in weights)]
+    else:
+        raise ValueError(f"scope: layer or global, not {scope}")
+    least = 1 if scope == "layer" else sum(stacks)
+    for size in sizes:
+        if size - round(sparsity * size) < least:
+            raise ValueError(f"sparsity {sparsity}: leaves fewer than {least} of {size} weights")
+    return [size - round(sparsity * size) for size in sizes]
+
+
 @torch.no_grad()
 def prune(network: nn.Module, sparsity: float, scope: str):
     """Update the network's masks to the asked sparsity by magnitude, and apply them.
@@ -241,16 +259,10 @@ def prune(network: nn.Module, sparsity: float, scope: str):
         scores[name] = torch.where(mask > 0, scores[name], -1.0)
     if scope == "layer":  # (layer, its weights)
         ranked = [scores[name].reshape(stack, -1) for name, stack in network.layers.items()]
-    elif scope == "global":  # (1, all weights)
+    else:  # (1, all weights)
         ranked = [torch.cat([score.flatten() for score in scores.values()])[None]]
-    else:
-        raise ValueError(f"scope: layer or global, not {scope}")
-    least = 1 if scope == "layer" else sum(network.layers.values())
     masks = []
-    for rows in ranked:
-        keep = rows.shape[1] - round(sparsity * rows.shape[1])
-        if keep < least:
-            raise ValueError(f"sparsity {sparsity}: leaves {keep} of {rows.shape[1]} weights")
+    for rows, keep in zip(ranked, kept_counts(network, sparsity, scope), strict=True):
         masks.append((keep_largest(rows, keep) * (rows >= 0)).flatten())
     masks = torch.cat(masks).split([weight.numel() for weight in weights.values()])
     for (name, weight), mask in zip(weights.items(), masks, strict=True):
@@ -671,9 +683,12 @@ def make_networks(args: Args, device="cpu") -> dict:
     actor = MultiHeadMLP(1, num_tasks, OBS_SIZE, 2 * ACTION_SIZE, 1e-3, args)
     critic = MultiHeadMLP(2, num_tasks, OBS_SIZE + ACTION_SIZE, 1, 3e-3, args)
     networks = {"actor": actor.to(device), "critic": critic.to(device)}
-    for name in sparse_networks(args) if args.sparsifier == "set" else ():
-        densities = set_densities(networks[name], args.sparsity, args.set_epsilon)
-        draw_masks(networks[name], densities)
+    for name in sparse_networks(args):
+        if args.sparsifier == "set":
+            densities = set_densities(networks[name], args.sparsity, args.set_epsilon)
+            draw_masks(networks[name], densities)
+        else:
+            kept_counts(networks[name], args.sparsity, args.prune_scope)  # refuses too high a one
     return networks
 
 

@@ -607,6 +607,18 @@ def test_what_is_refused_makes_nothing(monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", "lock", "nothing"}
 
 
+@pytest.mark.parametrize("script", [mtppo_gmp, moe_sparse, moore_sparse, SAC])
+@pytest.mark.parametrize("scope, sparsity", [("layer", 0.999), ("global", 0.99999)])
+def test_a_sparsity_that_empties_a_layer_is_refused_at_the_start(script, scope, sparsity, tmp_path):
+    """Not when the schedule gets there; 0.999 leaves none of a critic's 128 or 400 weights."""
+    args = script.Args(sparsity=sparsity, prune_scope=scope, run_dir=str(tmp_path / "run"))
+    if script is SAC:
+        args.prune, args.vectorization = "critic", "sync"
+    with pytest.raises(ValueError, match=f"sparsity {sparsity}: leaves fewer than"):
+        script.train(args)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_line_is_the_same_in_every_script():
     assert len({Path(script.__file__).read_text().split("\nif __name__")[1] for script in ALL}) == 1
 
