@@ -229,20 +229,19 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 
 def kept_counts(network: nn.Module, sparsity: float, scope: str) -> list[int]:
     """How many weights prune keeps of each layer that a weight of network.layers stacks, or with
-    scope "global" of the network. Raises ValueError where none would be left."""
+    scope "global" of the network. Raises ValueError for fewer than one a layer, or on average."""
     weights = [network.get_submodule(name).weight for name in network.layers]
     stacks = network.layers.values()
     if scope == "layer":
-        sizes = [w.numel() // stack for w, stack in zip(weights, stacks, strict=True)]
+        least, sizes = 1, [w.numel() // n for w, n in zip(weights, stacks, strict=True)]
     elif scope == "global":
-        sizes = [sum(w.numel() for w in weights)]
+        least, sizes = sum(stacks), [sum(w.numel() for w in weights)]
     else:
         raise ValueError(f"scope: layer or global, not {scope}")
-    least = 1 if scope == "layer" else sum(stacks)
-    for size in sizes:
-        if size - round(sparsity * size) < least:
-            raise ValueError(f"sparsity {sparsity}: leaves fewer than {least} of {size} weights")
-    return [size - round(sparsity * size) for size in sizes]
+    counts = [size - round(sparsity * size) for size in sizes]
+    if min(counts) < least:
+        raise ValueError(f"sparsity {sparsity}: leaves {min(counts)} weights of at least {least}")
+    return counts
 
 
 @torch.no_grad()

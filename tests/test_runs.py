@@ -614,7 +614,7 @@ def test_a_sparsity_that_empties_a_layer_is_refused_at_the_start(script, scope, 
     args = script.Args(sparsity=sparsity, prune_scope=scope, run_dir=str(tmp_path / "run"))
     if script is SAC:
         args.prune, args.vectorization = "critic", "sync"
-    with pytest.raises(ValueError, match=f"sparsity {sparsity}: leaves fewer than"):
+    with pytest.raises(ValueError, match=f"sparsity {sparsity}: leaves"):
         script.train(args)
     assert not (tmp_path / "run").exists()
 
