@@ -77,8 +77,8 @@ class Args:
     prune_frequency: int = 500  # timesteps between mask updates
     prune_scope: Literal["layer", "global"] = "global"  # rank within a layer or network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
-    set_frequency: int = 2000  # timesteps between SET updates
-    set_epsilon: float | None = None  # density epsilon (1/in + 1/out), not --sparsity
+    set_frequency: int = 2000  # timesteps between SET updates (0: masks stay)
+    set_epsilon: float | None = None  # density epsilon (1/in + 1/out) for any --sparsity but 0
     set_regrow: Literal["random", "gradient"] = "random"  # gradient: by RigL's rule
     set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
 
@@ -339,7 +339,7 @@ def draw_masks(network: nn.Module, densities: dict):
         scores = torch.rand_like(layer.weight).reshape(network.layers[name], -1)
         keep = round(density * scores.shape[1])
         if keep == 0:
-            raise ValueError(f"sparsity: leaves none of {scores.shape[1]} weights of a {name}")
+            raise ValueError(f"sparsity or epsilon: leaves no weight of a {name}")
         network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
         layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last update
     apply_masks(network)
@@ -650,7 +650,8 @@ def train(args: Args) -> Path:
             rule = args.set_zeta, args.set_regrow, args.set_grow
             for name, network in networks.items():
                 kept = evolve(network, optimizers[name], *rule)
-                scalars |= {f"sparsity/{name}_grown_kept": kept.item()} if kept.isfinite() else {}
+                if kept.isfinite():
+                    scalars[f"sparsity/{name}_grown_kept"] = kept.item()
 
         run.end_iteration(scalars)
     print(f"finished: {run.folder}")
@@ -789,8 +790,11 @@ def require(args: Args, names: str, allowed, what: str):
 
 
 def check_tasks(args: Args):
-    """Raise ValueError for a task that cannot be played, or not by the first one's networks."""
+    """Raise ValueError for a task that cannot be played, or not by the first one's networks, and
+    for a sparsity that leaves none of a layer's weights."""
     require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "different tasks")
+    least = len(task_ids(args))
+    require(args, "plasticity_buffer_size", lambda x: x >= least, f"at least one a task, {least}")
     spaces = {}
     for env_id in args.env_ids:
         try:
@@ -802,6 +806,7 @@ def check_tasks(args: Args):
         spaces[env_id] = f"{env.observation_space}, {env.action_space}"
     equal = len({*spaces.values()}) < 2
     require(args, "env_ids", lambda _: equal, f"of equal spaces, not {spaces}")
+    make_networks(args)
 
 
 def check_run(args: Args):
@@ -849,17 +854,21 @@ class Run:
         self.timestep = state["timestep"]
         for name, part in parts.items() if args.resume else ():
             groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
-            part.load_state_dict(state[name] | groups)  # but its flags
+            try:
+                part.load_state_dict(state[name] | groups)  # but its flags
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"--resume {args.resume}: {name}: {error}") from error
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()
-        self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
             file.rename(self.folder / f"events.out.tfevents.{i:010d}")
         self.writer = SummaryWriter(str(self.folder), purge_step=self.timestep + 1)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
+        if left:  # a finished run keeps its flags
+            self.save()
+            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+            self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
         print(f"to go on: python {Path(__file__).name} --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")

@@ -740,8 +740,11 @@ def require(args: Args, names: str, allowed, what: str):
 
 
 def check_tasks(args: Args):
-    """Raise ValueError for a task that cannot be played, or not by the first one's networks."""
+    """Raise ValueError for a task that cannot be played, or not by the first one's networks, and
+    for a sparsity that leaves none of a layer's weights."""
     require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "different tasks")
+    least = len(task_ids(args))
+    require(args, "plasticity_buffer_size", lambda x: x >= least, f"at least one a task, {least}")
     spaces = {}
     for env_id in args.env_ids:
         try:
@@ -753,6 +756,7 @@ def check_tasks(args: Args):
         spaces[env_id] = f"{env.observation_space}, {env.action_space}"
     equal = len({*spaces.values()}) < 2
     require(args, "env_ids", lambda _: equal, f"of equal spaces, not {spaces}")
+    make_networks(args)
 
 
 def check_run(args: Args):
@@ -800,17 +804,21 @@ class Run:
         self.timestep = state["timestep"]
         for name, part in parts.items() if args.resume else ():
             groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
-            part.load_state_dict(state[name] | groups)  # but its flags
+            try:
+                part.load_state_dict(state[name] | groups)  # but its flags
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"--resume {args.resume}: {name}: {error}") from error
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()
-        self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
             file.rename(self.folder / f"events.out.tfevents.{i:010d}")
         self.writer = SummaryWriter(str(self.folder), purge_step=self.timestep + 1)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
+        if left:  # a finished run keeps its flags
+            self.save()
+            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+            self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
         print(f"to go on: python {Path(__file__).name} --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")

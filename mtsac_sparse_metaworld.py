@@ -82,8 +82,8 @@ class Args:
     prune_frequency: int = 5000  # timesteps between mask updates
     prune_scope: Literal["layer", "global"] = "layer"  # rank within a layer or network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
-    set_frequency: int = 2000  # timesteps between SET updates
-    set_epsilon: float | None = None  # density epsilon (1/in + 1/out), not --sparsity
+    set_frequency: int = 2000  # timesteps between SET updates (0: masks stay)
+    set_epsilon: float | None = None  # density epsilon (1/in + 1/out) for any --sparsity but 0
     set_regrow: Literal["random", "gradient"] = "random"  # gradient: by RigL's rule
     set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
 
@@ -107,7 +107,7 @@ class Args:
         check = partial(require, self)
         check("batch_size updates_per_step", lambda x: x >= 1, "at least 1")
         check("max_grad_norm", lambda x: x > 0, "positive")
-        check("prune_frequency set_frequency", lambda x: x >= 1, "at least 1")
+        check("prune_frequency", lambda x: x >= 1, "at least 1")
         check("gamma tau prune_end set_zeta", lambda x: x <= 1, "at most 1")
         check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
         known = {*self.env_names} & {*ALL_V3_ENVIRONMENTS}
@@ -120,6 +120,7 @@ class Args:
         check("learning_starts", lambda x: x < last, f"below {last}, the last timestep")
         batch = num_tasks * self.batch_size
         check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
+        make_networks(self)  # refuses a sparsity that leaves none of a layer's weights
 
 
 # Networks
@@ -324,7 +325,7 @@ def draw_masks(network: nn.Module, densities: dict):
         scores = torch.rand_like(layer.weight).reshape(network.layers[name], -1)
         keep = round(density * scores.shape[1])
         if keep == 0:
-            raise ValueError(f"sparsity: leaves none of {scores.shape[1]} weights of a {name}")
+            raise ValueError(f"sparsity or epsilon: leaves no weight of a {name}")
         network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
         layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last update
     apply_masks(network)
@@ -880,17 +881,21 @@ class Run:
         self.timestep = state["timestep"]
         for name, part in parts.items() if args.resume else ():
             groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
-            part.load_state_dict(state[name] | groups)  # but its flags
+            try:
+                part.load_state_dict(state[name] | groups)  # but its flags
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"--resume {args.resume}: {name}: {error}") from error
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()
-        self.save()
         # Logs are read in the order of their names, which begin with the clock's time
         for i, file in enumerate(sorted(self.folder.glob("events.*"))):
             file.rename(self.folder / f"events.out.tfevents.{i:010d}")
         self.writer = SummaryWriter(str(self.folder), purge_step=self.timestep + 1)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
+        if left:  # a finished run keeps its flags
+            self.save()
+            rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+            self.writer.add_text("args", "|argument|value|\n|-|-|\n" + rows, self.timestep)
         print(f"{self.folder}: timesteps {self.timestep} to {self.last_timestep} on {device}")
         print(f"to go on: python {Path(__file__).name} --resume {self.folder}", flush=True)
         self.bar = tqdm(total=self.last_timestep, initial=self.timestep, unit=" timesteps")

@@ -260,8 +260,10 @@ def test_set_follows_its_rule_and_tells_what_it_keeps(stub_run, monkeypatch):
     assert steps == (72, 96) and shares[1] == pytest.approx(kept / grown) and 0 < kept < grown
 
 
-@pytest.mark.parametrize("sparsifier", ["gmp", "set"])
-def test_masks_change_in_their_order_with_evaluations(sparsifier, stub_run, monkeypatch):
+@pytest.mark.parametrize("sparsifier, set_frequency", [("gmp", 12), ("set", 12), ("set", 0)])
+def test_masks_change_in_their_order_with_evaluations(
+    sparsifier, set_frequency, stub_run, monkeypatch
+):
     events, judges = [], ["measure_networks", "play by mode", "play drawn", "critic_error"]
 
     def record(name, function):
@@ -274,7 +276,8 @@ def test_masks_change_in_their_order_with_evaluations(sparsifier, stub_run, monk
 
     for name in ("update", "prune", "evolve", "measure_networks", "play", "critic_error"):
         record(name, getattr(script, name))
-    stub_run(prune="both", sparsifier=sparsifier, prune_frequency=12, set_frequency=12)
+    flags = dict(sparsifier=sparsifier, set_frequency=set_frequency)
+    stub_run(prune="both", prune_frequency=12, **flags)
     expected = []
     for timestep in range(3, 73, 3):
         expected += ["update"] * (timestep > 24)
@@ -283,7 +286,8 @@ def test_masks_change_in_their_order_with_evaluations(sparsifier, stub_run, monk
             expected += [("prune", pytest.approx(0.95 * (1 - (1 - share) ** 3)))] * 2
         if timestep % 24 == 0:
             expected += judges
-        if sparsifier == "set" and timestep == 48:  # 24 is before learning, 72 after it
+        evolves = sparsifier == "set" and set_frequency > 0
+        if evolves and timestep == 48:  # 24 is before learning, 72 after it
             expected += ["evolve"] * 2
     assert events == expected
 
@@ -526,15 +530,16 @@ def test_metrics_count_each_twins_neurons_and_leave_masked_ones_out():
 # Meta-World itself
 
 
-def test_an_episode_follows_from_its_goal_and_actions_alone():
-    goals = script.draw_tasks("peg-insert-side-v3", 1)
+@pytest.mark.parametrize("name", script.MT10_V3)
+def test_an_episode_follows_from_its_goal_and_actions_alone(name):
+    goals = script.draw_tasks(name, 1)
     actions = np.random.default_rng(0).uniform(-1, 1, (60, 4)).astype(np.float32)
 
     def play(env, goal):
         obs = [env.reset(options={"goals": [None, goal]})[0]]
         return np.stack(obs + [env.step(action)[0] for action in actions])
 
-    fresh, used = (script.GoalEnv("peg-insert-side-v3", goals, 1) for _ in range(2))
+    fresh, used = (script.GoalEnv(name, goals, 1) for _ in range(2))
     other = play(used, 3)
     assert np.array_equal(play(used, 7), play(fresh, 7))
     assert np.array_equal(play(used, 57), play(fresh, 7))  # goals go round
@@ -583,6 +588,8 @@ def test_neither_a_stop_nor_evaluations_change_a_run(options, stub_run, tmp_path
     assert resumed["logged"] == whole["logged"]
     again = stub_run(**options, resume=str(tmp_path / "run"))
     assert again["updates"] == 0 and again["logged"] == whole["logged"]
+    with pytest.raises(ValueError, match="--resume .*run: buffer: "):
+        stub_run(**options, resume=str(tmp_path / "run"), buffer_size=30)
     actor, _, names = script.load_agent(str(tmp_path / "run"))
     assert_same(dict(actor.state_dict()), dict(whole["state"]["actor"]))
     assert names == list(TASKS)

@@ -507,6 +507,23 @@ def test_a_resumed_run_keeps_its_flags_but_for_those_given(tmp_path):
     assert all(f"|{field.name}|" in shown[-1][1] for field in fields(mtppo_gmp.Args))
 
 
+def test_a_finished_run_keeps_its_flags(tmp_path):
+    run(mtppo_gmp, tmp_path, total_timesteps=100)
+    before = checkpoint(tmp_path)
+    flags = flags_of(mtppo_gmp, total_timesteps=149, gamma=0.5)  # no rollout more
+    mtppo_gmp.train(mtppo_gmp.Args(**flags, resume=str(tmp_path)))
+    assert_same(checkpoint(tmp_path), before)
+    assert len(EventAccumulator(str(tmp_path)).Reload().Tensors("args/text_summary")) == 1
+
+
+@pytest.mark.parametrize("flags", [dict(benchmark="MT5"), dict(plasticity_buffer_size=30)], ids=str)
+def test_a_run_goes_on_with_networks_and_buffers_of_its_own_sizes(flags, tmp_path):
+    run(mtppo_gmp, tmp_path, total_timesteps=100)
+    args = mtppo_gmp.Args(**flags_of(mtppo_gmp, **flags), resume=str(tmp_path))
+    with pytest.raises(ValueError, match=f"--resume {tmp_path}: (actor|buffer): "):
+        mtppo_gmp.train(args)
+
+
 def test_two_processes_cannot_share_a_folder(tmp_path):
     with start(mtppo_gmp, **flags_of(mtppo_gmp, total_timesteps=10**5, run_dir=tmp_path)) as first:
         [log] = tmp_path.glob("events.*")
@@ -551,13 +568,14 @@ BAD = [
     (mtppo_gmp, "env_ids", (EMPTY, EMPTY), "different tasks"),
     (mtppo_gmp, "env_ids", (EMPTY, "Own-v0"), "of equal spaces, not {"),
     (mtppo_gmp, "env_ids", (EMPTY, OBSTACLES), f"{OBSTACLES}': "),
+    (mtppo_gmp, "plasticity_buffer_size", 4, "at least one a task, 5"),
     (mtppo_set, "set_zeta", 1.5, "at most 1"),
     (mtppo_set, "set_frequency", 1999, "0 or at least --num-steps"),
     (moe_sparse, "prune_start", 0.9, "below"),
     (moe_sparse, "env_ids", (EMPTY,), "at least 1 with --env-ids"),
     (moore_sparse, "num_experts", 1025, "at most 1024"),
     (moore_sparse, "orthogonal_mix", 1.1, "in [0, 1]"),
-    (SAC, "batch_size updates_per_step prune_frequency set_frequency", 0, "at least 1"),
+    (SAC, "batch_size updates_per_step prune_frequency", 0, "at least 1"),
     (SAC, "gamma tau prune_end set_zeta", 1.1, "at most 1"),
     (SAC, "prune_start", 0.8, "below --prune-end"),
     (SAC, "env_names", ("reach",), "different tasks of Meta-World"),
@@ -594,6 +612,7 @@ def test_what_is_refused_makes_nothing(monkeypatch, tmp_path):
     torch.save({"script": "mtppo_set"}, tmp_path / "checkpoint.pt")
     for flags, message in {
         "--sparsity 1": "--sparsity 1.0: must be below 1",
+        "--sparsity 0.99999": "sparsity 0.99999: leaves",
         "--benchmark MT4": "invalid choice 'MT4'",
         "--run-dir .": "--run-dir .: must be a folder without a run, not beside --resume",
         "--resume nothing": "--resume nothing: must be a run of this version of mtppo_gmp",
@@ -601,22 +620,28 @@ def test_what_is_refused_makes_nothing(monkeypatch, tmp_path):
     }.items():
         code, shown = command(mtppo_gmp, *flags.split())
         assert code == 2 and message in unboxed(shown)
-    for impossible in (dict(plasticity_buffer_size=4), dict(resume="."), dict(resume="nothing")):
+    for folder in (".", "nothing"):
         with pytest.raises(ValueError):
-            mtppo_gmp.train(mtppo_gmp.Args(**impossible))
+            mtppo_gmp.train(mtppo_gmp.Args(resume=folder))
     assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", "lock", "nothing"}
 
 
 @pytest.mark.parametrize("script", [mtppo_gmp, moe_sparse, moore_sparse, SAC])
 @pytest.mark.parametrize("scope, sparsity", [("layer", 0.999), ("global", 0.99999)])
-def test_a_sparsity_that_empties_a_layer_is_refused_at_the_start(script, scope, sparsity, tmp_path):
+def test_a_sparsity_that_empties_a_layer_is_refused(script, scope, sparsity):
     """Not when the schedule gets there; 0.999 leaves none of a critic's 128 or 400 weights."""
-    args = script.Args(sparsity=sparsity, prune_scope=scope, run_dir=str(tmp_path / "run"))
-    if script is SAC:
-        args.prune, args.vectorization = "critic", "sync"
+    flags = dict(prune="critic") if script is SAC else dict(sparsifier="gmp")
+    flags = {} if script is mtppo_gmp else flags
     with pytest.raises(ValueError, match=f"sparsity {sparsity}: leaves"):
-        script.train(args)
-    assert not (tmp_path / "run").exists()
+        script.Args(sparsity=sparsity, prune_scope=scope, **flags)
+
+
+@pytest.mark.parametrize("script", [mtppo_set, moe_sparse, moore_sparse, SAC])
+@pytest.mark.parametrize("flags", [dict(set_epsilon=0.0), dict(sparsity=0.99999)], ids=str)
+def test_a_density_that_empties_a_layer_is_refused(script, flags):
+    flags |= {} if script is mtppo_set else dict(sparsifier="set")
+    with pytest.raises(ValueError, match="sparsity or epsilon: leaves no weight of a h"):
+        script.Args(**flags)
 
 
 def test_the_command_line_is_the_same_in_every_script():
