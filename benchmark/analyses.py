@@ -144,14 +144,10 @@ def count_neurons(
     with torch.no_grad():
         hidden, *_ = network.activations(obs.flatten(0, 1), [obs.shape[1]] * len(obs))
     *names, output = network.layers
-    counts = {name: np.zeros(3, int) for name in names}
+    counts = {}
     for name, h, alive in zip(names, hidden, plasticity.alive_neurons(network), strict=True):
-        layers = [(h, alive)]
-        if name == "head_hidden":  # whose neurons see their own task's observations
-            layers = zip(h, alive, strict=True)
-        for own, some in layers:
-            dormant = some & (plasticity.dormant_scores(own, some) <= tau)
-            counts[name] += [int(dormant.sum()), int(some.sum()), len(some)]
+        dormant = alive & (plasticity.dormant_scores(h, alive) <= tau)
+        counts[name] = np.array([int(dormant.sum()), int(alive.sum()), alive.numel()])
     dense = torch.ones(len(obs), 1)
     ins, outs = (network.masks.get(n, dense).flatten(1).any(1) for n in ("head_hidden", output))
     return counts, [int((~(ins | outs)).sum()), int((~outs).sum()), len(obs)]
