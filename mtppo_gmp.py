@@ -19,11 +19,11 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -77,7 +77,7 @@ class Args:
     weight_decay: float = 0.0  # L2 coefficient of Adam
     layer_norm: bool = False  # LayerNorm before each nonlinearity
     redo_frequency: int = 0  # timesteps between uses of ReDo (0: off)
-    redo_tau: float = 0.001  # ReDo's own --dormant-tau
+    redo_tau: float = 0.001  # neurons scoring at most this are recycled
     reset_frequency: int = 0  # timesteps between output resets (0: off)
     max_resets: int = 2  # resets, at most
     pcgrad: bool = False  # project conflicting task gradients
@@ -95,7 +95,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     run_dir: str | None = None  # the run's folder (none: a new one in runs/)
     checkpoint_frequency: int = 10_000  # timesteps between checkpoints (0: at the end)
-    resume: str | None = None  # run to go on with; its flags are defaults
+    resume: str | None = None  # run to go on with; on the command line its flags are defaults
     num_threads: int = 1  # torch threads
 
     def __post_init__(self):
@@ -193,8 +193,8 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 
 
 def kept_counts(network: nn.Module, sparsity: float, scope: str) -> list[int]:
-    """How many weights prune keeps of each layer that a weight of network.layers stacks, or with
-    scope "global" of the network. Raises ValueError for fewer than one a layer, or on average."""
+    """How many weights prune keeps, with scope "layer" of one layer of each name in network.layers,
+    with "global" of the whole network. Raises ValueError if a layer must be left without any."""
     weights = [network.get_submodule(name).weight for name in network.layers]
     stacks = network.layers.values()
     if scope == "layer":
@@ -205,7 +205,7 @@ def kept_counts(network: nn.Module, sparsity: float, scope: str) -> list[int]:
         raise ValueError(f"scope: layer or global, not {scope}")
     counts = [size - round(sparsity * size) for size in sizes]
     if min(counts) < least:
-        raise ValueError(f"sparsity {sparsity}: leaves {min(counts)} weights of at least {least}")
+        raise ValueError(f"sparsity {sparsity}: leaves {min(counts)} weights, needs {least}")
     return counts
 
 
@@ -740,8 +740,8 @@ def require(args: Args, names: str, allowed, what: str):
 
 
 def check_tasks(args: Args):
-    """Raise ValueError for a task that cannot be played, or not by the first one's networks, and
-    for a sparsity that leaves none of a layer's weights."""
+    """Raise ValueError for tasks that cannot be played, or not by one network, and for a sparsity
+    that must leave a layer without weights."""
     require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "different tasks")
     least = len(task_ids(args))
     require(args, "plasticity_buffer_size", lambda x: x >= least, f"at least one a task, {least}")
@@ -750,20 +750,26 @@ def check_tasks(args: Args):
         try:
             env = make_env(env_id)
             env.reset(seed=0)  # some fail here alone
-            make_networks(args)
         except Exception as error:  # it may raise anything
             raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
         spaces[env_id] = f"{env.observation_space}, {env.action_space}"
     equal = len({*spaces.values()}) < 2
     require(args, "env_ids", lambda _: equal, f"of equal spaces, not {spaces}")
-    make_networks(args)
+    try:
+        make_networks(args)
+    except Exception as error:  # of the spaces, or of the sparsity
+        raise ValueError(f"no networks for these tasks and flags: {error}") from error
 
 
 def check_run(args: Args):
     """Raise ValueError for an argument that is wrong in any script."""
     check = partial(require, args)
+    for option in fields(args):
+        if get_origin(option.type) is Literal:
+            allowed = get_args(option.type)
+            check(option.name, allowed.__contains__, f"one of {', '.join(allowed)}")
     numbers = [name for name, x in vars(args).items() if isinstance(x, int | float)]
-    check(" ".join(numbers), lambda x: 0 <= x < math.inf, "at least 0")
+    check(" ".join(numbers), lambda x: 0 <= x < math.inf, "finite and at least 0")
     check("eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
     check("sparsity srank_delta", lambda x: x < 1, "below 1")
     check("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
@@ -798,16 +804,16 @@ class Run:
         name = f"{label}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
+        self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed with the process
         check_run(args)  # again, behind the lock
         state = load_checkpoint(args.resume) if args.resume else {"timestep": 0}
         self.timestep = state["timestep"]
         for name, part in parts.items() if args.resume else ():
             groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
             try:
-                part.load_state_dict(state[name] | groups)  # but its flags
+                part.load_state_dict(state[name] | groups)  # but the learning rates of now
             except (RuntimeError, ValueError) as error:
-                raise ValueError(f"--resume {args.resume}: {name}: {error}") from error
+                raise ValueError(f"--resume {args.resume}: its {name} differs: {error}") from error
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()

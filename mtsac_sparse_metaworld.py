@@ -19,11 +19,11 @@ import copy
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import gymnasium as gym
 import metaworld
@@ -41,6 +41,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import plasticity_metrics as plasticity
+
+# Denormals, to which Adam's moments of idle weights decay, are slow. Torch's threads inherit this
+torch.set_flush_denormal(True)
 
 OBS_SIZE, ACTION_SIZE, EPISODE_STEPS, NUM_GOALS = 39, 4, 500, 50  # of Meta-World
 
@@ -83,7 +86,7 @@ class Args:
     prune_scope: Literal["layer", "global"] = "layer"  # rank within a layer or network
     set_zeta: float = 0.3  # share of a layer's active weights replaced at each SET update
     set_frequency: int = 2000  # timesteps between SET updates (0: masks stay)
-    set_epsilon: float | None = None  # density epsilon (1/in + 1/out) for any --sparsity but 0
+    set_epsilon: float | None = None  # density is this times (1/in + 1/out), unless --sparsity is 0
     set_regrow: Literal["random", "gradient"] = "random"  # gradient: by RigL's rule
     set_grow: Literal["zero", "init"] = "zero"  # what grown weights start at
 
@@ -99,15 +102,14 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     run_dir: str | None = None  # the run's folder (none: a new one in runs/)
     checkpoint_frequency: int = 20_000  # timesteps between checkpoints (0: at the end)
-    resume: str | None = None  # run to go on with; its flags are defaults
+    resume: str | None = None  # run to go on with; on the command line its flags are defaults
     num_threads: int = torch.get_num_threads()  # torch threads
 
     def __post_init__(self):
         check_run(self)
         check = partial(require, self)
-        check("batch_size updates_per_step", lambda x: x >= 1, "at least 1")
+        check("batch_size updates_per_step prune_frequency", lambda x: x >= 1, "at least 1")
         check("max_grad_norm", lambda x: x > 0, "positive")
-        check("prune_frequency", lambda x: x >= 1, "at least 1")
         check("gamma tau prune_end set_zeta", lambda x: x <= 1, "at most 1")
         check("prune_start", lambda x: x < self.prune_end, "below --prune-end")
         known = {*self.env_names} & {*ALL_V3_ENVIRONMENTS}
@@ -120,7 +122,7 @@ class Args:
         check("learning_starts", lambda x: x < last, f"below {last}, the last timestep")
         batch = num_tasks * self.batch_size
         check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
-        make_networks(self)  # refuses a sparsity that leaves none of a layer's weights
+        make_networks(self)  # refuses a sparsity that must leave a layer without weights
 
 
 # Networks
@@ -229,8 +231,8 @@ def keep_largest(scores: Tensor, keep: int) -> Tensor:
 
 
 def kept_counts(network: nn.Module, sparsity: float, scope: str) -> list[int]:
-    """How many weights prune keeps of each layer that a weight of network.layers stacks, or with
-    scope "global" of the network. Raises ValueError for fewer than one a layer, or on average."""
+    """How many weights prune keeps, with scope "layer" of one layer of each name in network.layers,
+    with "global" of the whole network. Raises ValueError if a layer must be left without any."""
     weights = [network.get_submodule(name).weight for name in network.layers]
     stacks = network.layers.values()
     if scope == "layer":
@@ -241,7 +243,7 @@ def kept_counts(network: nn.Module, sparsity: float, scope: str) -> list[int]:
         raise ValueError(f"scope: layer or global, not {scope}")
     counts = [size - round(sparsity * size) for size in sizes]
     if min(counts) < least:
-        raise ValueError(f"sparsity {sparsity}: leaves {min(counts)} weights of at least {least}")
+        raise ValueError(f"sparsity {sparsity}: leaves {min(counts)} weights, needs {least}")
     return counts
 
 
@@ -318,14 +320,15 @@ def set_densities(network: nn.Module, sparsity: float, epsilon: float | None) ->
 def draw_masks(network: nn.Module, densities: dict):
     """Give each of these layers a mask with exactly round(density * n) active weights at random
     places, and apply it; apply_masks must follow every optimiser step. Needs network.layers and
-    network.masks, {} at first; sets network.densities and each layer's grown, for evolve."""
+    network.masks, {} at first; sets network.densities and each layer's grown, for evolve. Raises
+    ValueError for a density that rounds to no weight."""
     network.densities = densities
     for name, density in densities.items():
         layer = network.get_submodule(name)
         scores = torch.rand_like(layer.weight).reshape(network.layers[name], -1)
         keep = round(density * scores.shape[1])
         if keep == 0:
-            raise ValueError(f"sparsity or epsilon: leaves no weight of a {name}")
+            raise ValueError(f"density {density:.1e} by sparsity or epsilon: no weight of a {name}")
         network.masks[name] = keep_largest(scores, keep).view_as(layer.weight)
         layer.register_buffer("grown", torch.zeros_like(layer.weight))  # by the last update
     apply_masks(network)
@@ -484,9 +487,7 @@ def descend_clipped(loss: Tensor, network: nn.Module, optimizer, max_grad_norm: 
     loss.backward(inputs=list(parameters.values()))
     # Pruned weights have a gradient (SET may grow by it), but take no part in its norm
     masks = {f"{layer}.weight": mask for layer, mask in network.masks.items()}
-    active = []
-    for name, p in parameters.items():
-        active.append(p.grad * masks[name] if name in masks else p.grad)
+    active = [p.grad * masks[name] if name in masks else p.grad for name, p in parameters.items()]
     norm = get_total_norm(active)
     clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
     optimizer.step()
@@ -530,7 +531,6 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
 def train(args: Args) -> Path:
     """Train, evaluate and measure one run. Returns the folder of its log and checkpoint."""
     torch.set_num_threads(args.num_threads)
-    torch.set_flush_denormal(True)  # slow, and what Adam's moments of idle weights decay to
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = [name.removesuffix("-v3") for name in task_ids(args)]
     num_tasks = len(tasks)
@@ -591,10 +591,10 @@ def train(args: Args) -> Path:
 
         # Measure and evaluate
         scalars = {}
-        for name in losses[0] if losses else ():
-            own = torch.stack([each[name] for each in losses])
-            scalars[f"losses/{name}"] = own.mean().item()
         if losses:
+            for name in losses[0]:
+                own = torch.stack([each[name] for each in losses])
+                scalars[f"losses/{name}"] = own.mean().item()
             scalars |= by_task("losses/alpha", tasks, log_alpha.exp())
         scalars |= by_task("charts/episodic_return", tasks, returns)
         scalars |= by_task("charts/success", tasks, successes)
@@ -688,7 +688,7 @@ def make_networks(args: Args, device="cpu") -> dict:
             densities = set_densities(networks[name], args.sparsity, args.set_epsilon)
             draw_masks(networks[name], densities)
         else:
-            kept_counts(networks[name], args.sparsity, args.prune_scope)  # refuses too high a one
+            kept_counts(networks[name], args.sparsity, args.prune_scope)  # raises if too high
     return networks
 
 
@@ -821,8 +821,8 @@ def measure_networks(networks: dict, batch: Transitions, args: Args) -> dict:
         alive = plasticity.alive_neurons(networks[name])
         dormant = plasticity.dormant_ratio(hidden, args.dormant_tau, alive)
         metrics[f"plasticity/{name}_dormant_ratio"] = dormant
-        twins = hidden[-1]  # (copy, task * batch, 400)
-        ranks = [plasticity.effective_rank(x, args.srank_delta) for x in twins]
+        last = hidden[-1]  # (copy, task * batch, 400)
+        ranks = [plasticity.effective_rank(x, args.srank_delta) for x in last]
         metrics[f"plasticity/{name}_effective_rank"] = sum(ranks) / len(ranks)
     fisher_trace = squashed_fisher_trace(networks["actor"], batch.obs)
     return metrics | {"plasticity/fisher_trace": fisher_trace}
@@ -839,8 +839,12 @@ def require(args: Args, names: str, allowed, what: str):
 def check_run(args: Args):
     """Raise ValueError for an argument that is wrong in any script."""
     check = partial(require, args)
+    for option in fields(args):
+        if get_origin(option.type) is Literal:
+            allowed = get_args(option.type)
+            check(option.name, allowed.__contains__, f"one of {', '.join(allowed)}")
     numbers = [name for name, x in vars(args).items() if isinstance(x, int | float)]
-    check(" ".join(numbers), lambda x: 0 <= x < math.inf, "at least 0")
+    check(" ".join(numbers), lambda x: 0 <= x < math.inf, "finite and at least 0")
     check("eval_episodes plasticity_batch_size num_threads", lambda x: x > 0, "positive")
     check("sparsity srank_delta", lambda x: x < 1, "below 1")
     check("device", lambda x: x != "cuda" or torch.cuda.is_available(), "auto or cpu here")
@@ -875,16 +879,16 @@ class Run:
         name = f"{label}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed however it ends
+        self.lock = FileLock(self.folder / "lock", timeout=0).acquire()  # freed with the process
         check_run(args)  # again, behind the lock
         state = load_checkpoint(args.resume) if args.resume else {"timestep": 0}
         self.timestep = state["timestep"]
         for name, part in parts.items() if args.resume else ():
             groups = {k: v for k, v in part.state_dict().items() if k == "param_groups"}
             try:
-                part.load_state_dict(state[name] | groups)  # but its flags
+                part.load_state_dict(state[name] | groups)  # but the learning rates of now
             except (RuntimeError, ValueError) as error:
-                raise ValueError(f"--resume {args.resume}: {name}: {error}") from error
+                raise ValueError(f"--resume {args.resume}: its {name} differs: {error}") from error
         left = max(0, args.total_timesteps - self.timestep) // stride * stride
         self.last_timestep = self.timestep + left
         self.start = self.timestep, time.monotonic()

@@ -298,7 +298,8 @@ class ObservationBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with the observations of another buffer of the same size."""
-        if state["observations"].shape != self.observations.shape:
-            raise ValueError(f"observations: not {tuple(state['observations'].shape)}")
+        shape, own = state["observations"].shape, self.observations.shape
+        if shape != own:
+            raise ValueError(f"observations: must be {tuple(own)}, not {tuple(shape)}")
         self.observations.copy_(state["observations"])
         self.added = state["added"]

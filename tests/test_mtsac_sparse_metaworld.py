@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,7 +17,7 @@ import pytest
 import torch
 import tyro
 from test_mtppo_gmp import OneDevice
-from test_runs import assert_same, checkpoint, command, scalars, start, wait_for, words
+from test_runs import ROOT, assert_same, checkpoint, command, scalars, start, wait_for, words
 from torch import nn
 from torch.distributions import Independent, Normal
 from torch.optim import SGD
@@ -588,7 +589,7 @@ def test_neither_a_stop_nor_evaluations_change_a_run(options, stub_run, tmp_path
     assert resumed["logged"] == whole["logged"]
     again = stub_run(**options, resume=str(tmp_path / "run"))
     assert again["updates"] == 0 and again["logged"] == whole["logged"]
-    with pytest.raises(ValueError, match="--resume .*run: buffer: "):
+    with pytest.raises(ValueError, match="--resume .*run: its buffer differs: "):
         stub_run(**options, resume=str(tmp_path / "run"), buffer_size=30)
     actor, _, names = script.load_agent(str(tmp_path / "run"))
     assert_same(dict(actor.state_dict()), dict(whole["state"]["actor"]))
@@ -687,6 +688,13 @@ def test_a_run_goes_on_however_it_is_stopped(whole_run, tmp_path):
 
 
 # Devices
+
+
+def test_denormals_are_zero_in_every_thread():
+    code = "import torch; from mtsac_sparse_metaworld import Args; torch.set_num_threads(2); "
+    code += "Args(sparsifier='set', prune='both'); x = torch.full((1_000_000,), 1e-30); "
+    code += "assert not (x * 1e-10).any()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_hot_loop_stays_on_its_device():

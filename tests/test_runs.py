@@ -520,7 +520,7 @@ def test_a_finished_run_keeps_its_flags(tmp_path):
 def test_a_run_goes_on_with_networks_and_buffers_of_its_own_sizes(flags, tmp_path):
     run(mtppo_gmp, tmp_path, total_timesteps=100)
     args = mtppo_gmp.Args(**flags_of(mtppo_gmp, **flags), resume=str(tmp_path))
-    with pytest.raises(ValueError, match=f"--resume {tmp_path}: (actor|buffer): "):
+    with pytest.raises(ValueError, match=f"--resume {tmp_path}: its (actor|buffer) differs: "):
         mtppo_gmp.train(args)
 
 
@@ -568,16 +568,20 @@ BAD = [
     (mtppo_gmp, "env_ids", (EMPTY, EMPTY), "different tasks"),
     (mtppo_gmp, "env_ids", (EMPTY, "Own-v0"), "of equal spaces, not {"),
     (mtppo_gmp, "env_ids", (EMPTY, OBSTACLES), f"{OBSTACLES}': "),
+    (mtppo_gmp, "benchmark", "MT4", "one of MT3, MT5, MT7"),
     (mtppo_gmp, "plasticity_buffer_size", 4, "at least one a task, 5"),
     (mtppo_set, "set_zeta", 1.5, "at most 1"),
+    (mtppo_set, "set_regrow", "rigl", "one of random, gradient"),
     (mtppo_set, "set_frequency", 1999, "0 or at least --num-steps"),
     (moe_sparse, "prune_start", 0.9, "below"),
+    (moe_sparse, "sparsifier", "GMP", "one of none, gmp, set"),
     (moe_sparse, "env_ids", (EMPTY,), "at least 1 with --env-ids"),
     (moore_sparse, "num_experts", 1025, "at most 1024"),
     (moore_sparse, "orthogonal_mix", 1.1, "in [0, 1]"),
     (SAC, "batch_size updates_per_step prune_frequency", 0, "at least 1"),
     (SAC, "gamma tau prune_end set_zeta", 1.1, "at most 1"),
     (SAC, "prune_start", 0.8, "below --prune-end"),
+    (SAC, "prune", "actors", "one of actor, critic, both, none"),
     (SAC, "env_names", ("reach",), "different tasks of Meta-World"),
     (SAC, "env_names", ("reach-v3", "reach-v3"), "different tasks of Meta-World"),
     (SAC, "total_timesteps", 4999, "at least an episode of every task"),
@@ -628,7 +632,7 @@ def test_what_is_refused_makes_nothing(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", [mtppo_gmp, moe_sparse, moore_sparse, SAC])
 @pytest.mark.parametrize("scope, sparsity", [("layer", 0.999), ("global", 0.99999)])
-def test_a_sparsity_that_empties_a_layer_is_refused(script, scope, sparsity):
+def test_a_sparsity_that_must_empty_a_layer_is_refused(script, scope, sparsity):
     """Not when the schedule gets there; 0.999 leaves none of a critic's 128 or 400 weights."""
     flags = dict(prune="critic") if script is SAC else dict(sparsifier="gmp")
     flags = {} if script is mtppo_gmp else flags
@@ -640,7 +644,7 @@ def test_a_sparsity_that_empties_a_layer_is_refused(script, scope, sparsity):
 @pytest.mark.parametrize("flags", [dict(set_epsilon=0.0), dict(sparsity=0.99999)], ids=str)
 def test_a_density_that_empties_a_layer_is_refused(script, flags):
     flags |= {} if script is mtppo_set else dict(sparsifier="set")
-    with pytest.raises(ValueError, match="sparsity or epsilon: leaves no weight of a h"):
+    with pytest.raises(ValueError, match="by sparsity or epsilon: no weight of a h"):
         script.Args(**flags)
 
 
