@@ -668,8 +668,8 @@ def require(args: Args, names: str, allowed, what: str):
 
 
 def check_tasks(args: Args):
-    """Raise ValueError for tasks that cannot be played, or not by one network, and for a sparsity
-    that must leave a layer without weights."""
+    """Raise ValueError for a task that cannot be played, or not by the first one's networks, and
+    for a buffer too small for all."""
     require(args, "env_ids", lambda ids: len({*ids}) == len(ids), "different tasks")
     least = len(task_ids(args))
     require(args, "plasticity_buffer_size", lambda x: x >= least, f"at least one a task, {least}")
@@ -678,15 +678,12 @@ def check_tasks(args: Args):
         try:
             env = make_env(env_id)
             env.reset(seed=0)  # some fail here alone
+            make_networks(args)
         except Exception as error:  # it may raise anything
             raise ValueError(f"--env-ids {env_id}: {type(error).__name__}: {error}") from error
         spaces[env_id] = f"{env.observation_space}, {env.action_space}"
     equal = len({*spaces.values()}) < 2
     require(args, "env_ids", lambda _: equal, f"of equal spaces, not {spaces}")
-    try:
-        make_networks(args)
-    except Exception as error:  # of the spaces, or of the sparsity
-        raise ValueError(f"no networks for these tasks and flags: {error}") from error
 
 
 def check_run(args: Args):

@@ -42,9 +42,6 @@ from tqdm import tqdm
 
 import plasticity_metrics as plasticity
 
-# Denormals, to which Adam's moments of idle weights decay, are slow. Torch's threads inherit this
-torch.set_flush_denormal(True)
-
 OBS_SIZE, ACTION_SIZE, EPISODE_STEPS, NUM_GOALS = 39, 4, 500, 50  # of Meta-World
 
 
@@ -122,7 +119,6 @@ class Args:
         check("learning_starts", lambda x: x < last, f"below {last}, the last timestep")
         batch = num_tasks * self.batch_size
         check("buffer_size", lambda x: x >= batch, f"at least a batch, {batch}")
-        make_networks(self)  # refuses a sparsity that must leave a layer without weights
 
 
 # Networks
@@ -531,6 +527,7 @@ def update(networks: dict, log_alpha: Tensor, optimizers: dict, batch, args: Arg
 def train(args: Args) -> Path:
     """Train, evaluate and measure one run. Returns the folder of its log and checkpoint."""
     torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)  # slow, and what Adam's moments of idle weights decay to
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     tasks = [name.removesuffix("-v3") for name in task_ids(args)]
     num_tasks = len(tasks)
