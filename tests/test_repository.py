@@ -1,12 +1,15 @@
 """What the repository promises of its files."""
 
 import ast
+import csv
 import itertools
 import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import trim_mean
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for path in ROOT.glob("*.py") if path.stem != "plasticity_metrics"]
@@ -173,3 +176,49 @@ def test_tables_of_the_pages_are_those_of_the_reports():
         for row in rows:
             found = (iter(cells) for cells in full if cells[0] == row[0])
             assert any(all(cell in cells for cell in row) for cells in found), row
+
+
+def results_of(study):
+    """method, without its architecture -> run -> its rows, one an evaluation."""
+    runs = {}
+    with open(ROOT / f"benchmark/results/{study}/results.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            method = row["method"].split(maxsplit=1)[1]
+            runs.setdefault(method, {}).setdefault(row["run"], []).append(row)
+    return runs
+
+
+def test_the_iqm_over_seeds_and_tasks_is_that_of_the_choices():
+    iqms = []
+    for method, runs in results_of("experiment1_mt5_mtppo").items():
+        ends = [run[-1] for run in runs.values()]
+        tasks = [name for name in ends[0] if name.startswith("normalized_return/")]
+        scores = [float(end[task]) for end in ends for task in tasks]
+        assert len(scores) == 30 * 5
+        iqms.append(f"{trim_mean(scores, 0.25):.2f} {method}")
+    page = (ROOT / "benchmark/choices.md").read_text()
+    assert f"experiment 1 {', '.join(iqms)}, not" in page
+
+
+def test_the_table_of_metaworld_is_that_of_its_results():
+    """All columns but that of removed neurons, which needs checkpoints."""
+    page = (ROOT / "benchmark/results/README.md").read_text()
+    tasks = [f"success_rate/{task}" for task in ("reach", "drawer-close", "window-close")]
+    for method, runs in results_of("metaworld_easy").items():
+        [row] = re.findall(rf"^\| {method} \| (.*) \|$", page, re.M)
+        success = np.array([[[float(at[t]) for t in tasks] for at in own] for own in runs.values()])
+
+        def column(name, runs=runs):
+            return np.array([float(own[-1][name]) for own in runs.values()])
+
+        def shown(values):
+            return ", ".join(f"{x:.2f}" if x < 100 else f"{x:.0f}" for x in values)
+
+        scores = [success[:, -1].mean(1), success[:, -5:].mean((1, 2))]
+        expected = [f"{x.mean():.2f} ({shown(x)})" for x in scores]
+        expected += [shown(success[:, -1, i]) for i in range(3)]
+        expected += [f"{100 * column('actor_dormant_ratio').mean():.0f} %"]
+        ranks = [column(f"{name}_effective_rank").mean() for name in ("actor", "critic")]
+        expected += [" / ".join(f"{rank:.0f}" for rank in ranks), shown(column("critic_error"))]
+        cells = row.split(" | ")
+        assert cells[:6] + cells[7:] == expected
