@@ -358,16 +358,17 @@ def stubs(monkeypatch):
 
 @pytest.fixture
 def stub_run(stubs, tmp_path, monkeypatch):
-    """Train on the stubs for three episodes; the networks, the last batch, the calls of update and
-    of what else is watched, the checkpoint and the scalars."""
+    """Train on the stubs for three episodes; the networks, the last batch, the number of updates
+    and their losses, the checkpoint and the scalars."""
 
     def stub_run(name="run", **changes):
-        seen, update = {"updates": 0}, script.update
+        seen, update = {"updates": 0, "losses": []}, script.update
         seeds, seed_all = set(), script.seed_all
 
         def watch(networks, log_alpha, optimizers, batch, args):
             seen.update(networks=networks, batch=batch, updates=seen["updates"] + 1)
-            return update(networks, log_alpha, optimizers, batch, args)
+            seen["losses"].append(update(networks, log_alpha, optimizers, batch, args))
+            return seen["losses"][-1]
 
         folder = str(tmp_path / name)
         flags = dict(env_names=TASKS, total_timesteps=72, learning_starts=24, batch_size=2)
@@ -427,7 +428,11 @@ def test_every_promised_tag_is_logged(stub_run):
         layers = ("", "/hidden1", "/hidden2", "/hidden3", "/head")
         tags |= {f"sparsity/{network}{layer}" for layer in layers}
     assert logged.keys() == tags
-    assert [step for step, _ in logged["losses/qf_loss"]] == [48, 72]  # 24 is warm-up
+    for name in ("qf_loss", "actor_loss", "alpha_loss"):  # 24 is warm-up, then 8 updates each
+        own = [each[name].item() for each in seen["losses"]]
+        steps, means = zip(*logged[f"losses/{name}"], strict=True)
+        assert steps == (48, 72) and len(own) == 16
+        assert means == pytest.approx((sum(own[:8]) / 8, sum(own[8:]) / 8), rel=1e-4)
     assert [value for _, value in logged["eval/success_rate"]] == pytest.approx([1 / 3] * 3)
 
 
@@ -521,10 +526,17 @@ def test_metrics_count_each_twins_neurons_and_leave_masked_ones_out():
     mask[1, :30] = 0
     masked = script.measure_networks(networks, batch, args)
     assert masked[name] * 2370 == pytest.approx(before[name] * 2400, abs=0.01)
-    for network, x in (("actor", batch.obs), ("critic", torch.cat([batch.obs, batch.actions], -1))):
-        last = networks[network].activations(x)[0][-1].detach()
-        ranks = [script.plasticity.effective_rank(features, args.srank_delta) for features in last]
-        assert masked[f"plasticity/{network}_effective_rank"] == np.mean(ranks)
+    with torch.no_grad():  # features of rank 3, 5 and 7, which is that of the last layer alone
+        for network, ranks in (("actor", [3]), ("critic", [5, 7])):
+            layer = networks[network].hidden3
+            layer.bias.zero_()
+            for twin, rank in enumerate(ranks):
+                layer.weight[twin, : 400 - rank] = 0
+                layer.bias[twin, 0, 400 - rank :] = 10  # none is silent
+    args.srank_delta = 0.0
+    ranks = script.measure_networks(networks, batch, args)
+    assert ranks["plasticity/actor_effective_rank"] == 3
+    assert ranks["plasticity/critic_effective_rank"] == 6  # the twins' mean
 
 
 # Meta-World itself
