@@ -641,6 +641,20 @@ def test_pcgrad_with_repeated_views_is_that_of_all_samples():
         assert (new.grad - old.grad).abs().max() <= 1e-5 * old.grad.abs().max()
 
 
+def test_what_is_logged_is_the_mean_over_minibatches():
+    """With a learning rate of 0 that of two halves is that of all samples."""
+    rollout, obs = random_rollout()
+    actor, critic, targets = make_network(), make_network(num_outputs=1), torch.randn(3, 40)
+    args = Args(update_epochs=2, minibatch_size=20, critic_minibatch_size=20)
+    actor_sgd, critic_sgd = (torch.optim.SGD(x.parameters(), 0.0) for x in (actor, critic))
+    logged = script.update_actor(actor, actor_sgd, rollout, targets, args)
+    logged |= script.update_critic(critic, critic_sgd, rollout, targets, args)
+    entropy = torch.distributions.Categorical(logits=apply(actor, obs)).entropy().mean()
+    error = (apply(critic, obs)[..., 0] - targets).square().mean()
+    assert logged["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert logged["value_loss"].item() == pytest.approx(error.item(), rel=1e-5)
+
+
 # Plasticity of the networks
 
 
